@@ -1,0 +1,61 @@
+# Every target works on a fresh clone by itself: it makes .venv from the hash-pinned lock files first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help run install test check format bench docs lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+run: $(VENV)/.runtime ## the gateway with an embedded Valkey and a demo backend, ready to be called
+	@exec $(BIN)/gateway demo
+
+install: $(VENV)/.runtime ## the .venv alone
+
+test: $(VENV)/.dev ## the whole test suite: real Valkey, real sockets
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(VENV)/.dev ## ruff (format and lint), mypy strict, the documents
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/gateway check policies
+
+format: $(VENV)/.dev ## what ruff can mend by itself
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## CPU per request and per event, beside nginx in the same run
+	$(BIN)/python -m tests.bench $(ARGS)
+
+docs: $(VENV)/.dev ## write the generated tables of README.md and policies/
+	$(BIN)/python -m tests.docs --write
+
+lock: $(VENV)/.dev ## resolve the lock files anew
+	$(PIP) install pip-tools
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build.in
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'], sep='\n')" > $(VENV)/dev.in
+	$(BIN)/pip-compile $(LOCK) -o requirements.lock pyproject.toml $(VENV)/build.in
+	$(BIN)/pip-compile $(LOCK) -c requirements.lock -o requirements-dev.lock pyproject.toml $(VENV)/build.in $(VENV)/dev.in
+
+LOCK := --quiet --generate-hashes --strip-extras --allow-unsafe --extra embedded --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options
+
+clean: ## forget .venv (keys and counters in .gateway stay)
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"found Python {sys.version.split()[0]}, expected 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
+	$(PIP) install --require-hashes -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
+	$(PIP) install --require-hashes -r requirements-dev.lock
+	@touch $@

@@ -1,0 +1,13 @@
+"""One front door to an organisation's language models.
+
+The files stand on floors; a file imports only what stands before it in this list (tests/test_floors.py holds it true).
+
+floor 0, words:      errors, asgi
+floor 1, documents:  settings, policy
+floor 2, decisions:  identity, contract, normalize, usage, terms
+floor 3, resources:  store, keys, admission, wire, pools, ledger
+floor 4, exchange:   exchange, proxy
+floor 5, process:    telemetry, reload, echo, app, cli
+"""
+
+__version__ = "0.1.0"
