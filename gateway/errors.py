@@ -73,7 +73,7 @@ class Unauthenticated(GatewayError):
 
     status = 401
     type = "invalid_request_error"
-    code = "invalid_api_key"
+    code: str | None = "invalid_api_key"
     fault = "caller"
 
     def __init__(self, message: str, *, presented: bool = True) -> None:

@@ -45,15 +45,17 @@ class PolicyError(Exception):
 
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
-PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
-WINDOWS = ("hour", "day", "week", "month")
+_PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_WINDOWS = ("hour", "day", "week", "month")
 
 
 def _measure(units: Mapping[str, float], example: str, found: object) -> float:
     """A measure such as `120s` or `32MiB`, in the base unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", found) if isinstance(found, str) else None
     if match is None or match[2] not in units:
-        raise ValueError(f"{_show(found)} is no measure, expected a number with one of {_list(units)}, such as {example}")
+        raise ValueError(
+            f"{_show(found)} is no measure, expected a number with one of {_list(units)}, such as {example}"
+        )
     return float(match[1]) * units[match[2]]
 
 
@@ -96,7 +98,9 @@ def _text(pattern: str, description: str) -> WithJsonSchema:
 
 
 Seconds = Annotated[
-    float, BeforeValidator(partial(_measure, _DURATIONS, "120s")), _text(r"^\d+(\.\d+)?(ms|s|m|h|d)$", "120s, 500ms, 1h")
+    float,
+    BeforeValidator(partial(_measure, _DURATIONS, "120s")),
+    _text(r"^\d+(\.\d+)?(ms|s|m|h|d)$", "120s, 500ms, 1h"),
 ]
 Bytes = Annotated[
     int,
@@ -105,12 +109,12 @@ Bytes = Annotated[
 ]
 Rate = Annotated[
     Per,
-    BeforeValidator(partial(_per, PERIODS, "600/minute")),
+    BeforeValidator(partial(_per, _PERIODS, "600/minute")),
     _text(r"^\d[\d_]*/(second|minute|hour|day)$", "600/minute"),
 ]
 Quota = Annotated[
     Per,
-    BeforeValidator(partial(_per, WINDOWS, "50000000/month")),
+    BeforeValidator(partial(_per, _WINDOWS, "50000000/month")),
     _text(r"^\d[\d_]*/(hour|day|week|month)$", "50000000/month"),
 ]
 Zone = Annotated[str, AfterValidator(_zone)]
@@ -133,7 +137,9 @@ class GatewayPolicy(_Document):
     """What holds for every request."""
 
     strictness: Literal["strict", "lenient"] = Field(
-        "strict", alias="schema", description="strict: a member that the contract does not know is refused; lenient: it passes"
+        "strict",
+        alias="schema",
+        description="strict: a member that the contract does not know is refused; lenient: it passes",
     )
     max_body: Bytes = Field(32 * 1024**2, description="largest request body")
     reserve: Literal["max", "input"] = Field(
@@ -207,7 +213,9 @@ class LimitPolicy(_Document):
     quota: Quota | None = Field(None, description="so much per calendar hour, day, week or month")
     time_zone: Zone | None = Field(None, description="of a quota's calendar; left out: the gateway's")
     at_most: int | None = Field(None, ge=1, description="so many at the same time")
-    per: tuple[Scope, ...] = Field(strict=False, min_length=1, description="each combination of these has its own count")
+    per: tuple[Scope, ...] = Field(
+        strict=False, min_length=1, description="each combination of these has its own count"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -215,7 +223,9 @@ class LimitPolicy(_Document):
         if len(kinds) != 1:
             raise ValueError(f"has {_list(kinds) or 'no amount'}, expected exactly one of rate, quota, at_most")
         if (self.count == "concurrent_requests") != (self.at_most is not None):
-            raise ValueError(f"counts {self.count} with {kinds[0]}, expected at_most for concurrent_requests and only there")
+            raise ValueError(
+                f"counts {self.count} with {kinds[0]}, expected at_most for concurrent_requests and only there"
+            )
         if self.burst is not None and self.rate is None:
             raise ValueError("has a burst without a rate")
         return self
@@ -270,19 +280,19 @@ class Limit:
     @classmethod
     def of(cls, policy: LimitPolicy, zone: str) -> Limit:
         scale = 1_000_000 if policy.count == "usd" else 1
-        common = {"name": policy.name, "count": policy.count, "per": policy.per}
         if policy.rate is not None:
             amount = policy.rate.amount * scale
             burst = amount if policy.burst is None else policy.burst * scale
-            period, window = PERIODS[policy.rate.period] * 1_000_000, policy.rate.period
-            return cls(kind="rate", amount=amount, capacity=burst, period=period, window=window, zone=None, **common)
+            window = policy.rate.period
+            return cls(
+                policy.name, "rate", policy.count, amount, burst, _PERIODS[window] * 1_000_000, window, None, policy.per
+            )
         if policy.quota is not None:
             amount, window = policy.quota.amount * scale, policy.quota.period
             own = ZoneInfo(policy.time_zone or zone)
-            return cls(kind="quota", amount=amount, capacity=amount, period=0, window=window, zone=own, **common)
-        assert policy.at_most is not None
-        seats = policy.at_most
-        return cls(kind="seats", amount=seats, capacity=seats, period=0, window="", zone=None, **common)
+            return cls(policy.name, "quota", policy.count, amount, amount, 0, window, own, policy.per)
+        seats = policy.at_most or 0  # the third kind, as the document's check has seen to
+        return cls(policy.name, "seats", policy.count, seats, seats, 0, "", None, policy.per)
 
 
 def windows_around(window: str, zone: ZoneInfo, at: datetime) -> tuple[datetime, datetime, datetime, datetime]:
@@ -547,4 +557,4 @@ class _Source:
                 return dict(self._members(file, node, path))
             case yaml.SequenceNode():
                 return [self._value(file, item, (*path, i)) for i, item in enumerate(node.value)]
-        return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+        return yaml.SafeLoader("").construct_object(node)

@@ -1,0 +1,139 @@
+"""What the gateway needs of ASGI: bodies in, refusals out, and notice when a caller leaves.
+
+Headers are lists of (name, value) in bytes, in their order, duplicates kept; names are lower case on the way in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from email.utils import formatdate
+from types import TracebackType
+from typing import Any
+
+from gateway.errors import ClientGone, GatewayError, TooLarge
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
+
+
+class Cut(Exception):
+    """The line is to be cut: something failed after the status line, and a cut answer must not look complete."""
+
+
+END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
+
+# RFC 9110 section 7.6.1, and what practice adds to it.
+_HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+
+
+def end_to_end(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes] = frozenset()) -> RawHeaders:
+    """The headers that travel on: without the hop-by-hop ones, those that Connection names, and `drop`."""
+    kept: RawHeaders = []
+    named: list[bytes] = []
+    for header in headers:
+        name = header[0].lower()
+        if name in _HOP_BY_HOP:
+            if name == b"connection":
+                named += [word.strip().lower() for word in header[1].split(b",")]
+        elif name not in drop:
+            kept.append(header)
+    return [header for header in kept if header[0].lower() not in named] if named else kept
+
+
+def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """The first value of a header, or None."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+async def read_body(scope: Scope, receive: Receive, at_most: int) -> bytes:
+    """The whole request body. Raises TooLarge over `at_most` bytes, before reading them where the caller says so."""
+    announced = header(scope["headers"], b"content-length")
+    if announced is not None and announced.isdigit() and int(announced) > at_most:
+        raise TooLarge(f"the body has {int(announced)} bytes, at most {at_most} are read")
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message["type"] == "http.request" and not message.get("more_body", False) and len(body) <= at_most:
+        return body
+    pieces = bytearray(body)
+    while message["type"] == "http.request":
+        if len(pieces) > at_most:
+            raise TooLarge(f"the body has more than {at_most} bytes, at most so many are read")
+        if not message.get("more_body", False):
+            return bytes(pieces)
+        message = await receive()
+        pieces += message.get("body", b"")
+    raise ClientGone
+
+
+async def refuse(send: Send, error: GatewayError, *, headers: RawHeaders | None = None, close: bool = False) -> None:
+    """Answer with an error; `close` ends the connection, for a body that was not read."""
+    status, own, body = error.render()
+    await respond(send, status, body, own + (headers or []), close=close or error.closes)
+
+
+async def respond(send: Send, status: int, body: bytes, headers: RawHeaders, *, close: bool = False) -> None:
+    """A whole answer of our own. RFC 9110 section 6.6.1: who has a clock says when."""
+    headers = [
+        *headers,
+        (b"content-length", b"%d" % len(body)),
+        (b"date", formatdate(usegmt=True).encode()),
+    ]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class until_hang_up:  # noqa: N801 - reads as what it does: async with until_hang_up(receive)
+    """A block that ends with ClientGone as soon as the caller is gone.
+
+    uvicorn's send() is silent after a disconnect, so somebody has to listen while the backend is waited for and while
+    it streams. The body must have been read: whatever receive() says next is that the caller left.
+    """
+
+    __slots__ = ("_gone", "_owner", "_receive", "_watch")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+
+    async def __aenter__(self) -> None:
+        owner = asyncio.current_task()
+        assert owner is not None
+        self._owner = owner
+        self._watch = asyncio.ensure_future(self._receive())
+        self._watch.add_done_callback(self._hung_up)
+
+    def _hung_up(self, watch: asyncio.Future[Message]) -> None:
+        if not watch.cancelled():
+            watch.exception()  # a receive() that fails has lost the caller just the same
+            self._gone = True
+            self._owner.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._gone:
+            self._watch.remove_done_callback(self._hung_up)
+            self._watch.cancel()
+        elif self._owner.uncancel() == 0 and kind in (None, asyncio.CancelledError):
+            raise ClientGone from error

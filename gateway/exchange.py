@@ -1,0 +1,140 @@
+"""One request and its answer: the one mutable record, filled on the way, observed once."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal
+
+from gateway.admission import Lease
+from gateway.errors import ClientGone, Fault, GatewayError
+from gateway.identity import Principal
+from gateway.normalize import InferenceRequest
+from gateway.policy import Limit
+from gateway.pools import Answer
+from gateway.terms import Terms, used
+from gateway.usage import NOTHING, REFUSED, Usage, UsageRecord, usage_of
+
+Ended = Literal["complete", "refused", "client", "upstream", "gateway"]
+
+
+class Exchange:
+    """What is known of one exchange, in the order in which it becomes known; None: not yet, or never."""
+
+    __slots__ = (
+        "_usage",
+        "answer",
+        "body_read",
+        "called",
+        "ended",
+        "endpoint",
+        "error",
+        "id",
+        "lease",
+        "principal",
+        "received",
+        "request",
+        "started",
+        "terms",
+    )
+
+    def __init__(self, endpoint: str, called: bytes | None) -> None:
+        self.id = new_id()
+        self.called = called or self.id.encode()  # what the caller and the backend call it
+        self.endpoint = endpoint
+        self.received = time.monotonic()
+        self.body_read = False
+        self.principal: Principal | None = None
+        self.request: InferenceRequest | None = None
+        self.terms: Terms  # known before it is admitted
+        self.lease: Lease | None = None
+        self.answer: Answer | None = None
+        self.error: GatewayError | None = None
+        self.ended: Ended = "gateway"
+        self.started = False  # whether a status line went out
+        self._usage: Usage | None = None
+
+    @property
+    def status(self) -> int:
+        """The status that was answered; 499 where the caller did not wait for one (nginx's number for it)."""
+        if self.answer is not None:
+            return self.answer.status
+        if self.error is not None:
+            return self.error.status
+        return 499 if self.ended == "client" else 500
+
+    @property
+    def usage(self) -> Usage:
+        """What was used, once the answer has ended: nothing without an answer, nor of a backend that was not able to
+        give one (429, 5xx); one that found the caller at fault took a request, and no tokens."""
+        answer, request = self.answer, self.request
+        if answer is None or request is None or answer.status == 429 or answer.status >= 500:
+            return NOTHING
+        if self._usage is None:
+            self._usage = (
+                REFUSED
+                if answer.status >= 400
+                else usage_of(answer.tail, stream=answer.is_stream, input_estimate=request.input_estimate)
+            )
+        return self._usage
+
+    # — what a lease asks when it ends
+
+    def end(self, error: BaseException | None) -> None:
+        """Note how it ended: with an error of ours, because the caller left, or well."""
+        match error:
+            case None:
+                self.ended = "complete"
+            case ClientGone():
+                self.ended = "client"
+            case GatewayError():
+                self.error = error
+                self.ended = _ENDED_BY[error.fault]
+            case _:
+                self.ended = "gateway"
+
+    def used(self, limit: Limit) -> int:
+        assert self.request is not None
+        return used(limit.count, self.usage, self.request)
+
+    def record(self) -> UsageRecord:
+        """The row of the ledger."""
+        assert self.request is not None
+        usage, answer = self.usage, self.answer
+        return UsageRecord(
+            id=self.id,
+            organisation=self.terms.organisation,
+            team=self.terms.team,
+            key=self.terms.key_id,
+            user=self.terms.user,
+            model=self.request.model.name,
+            pool=self.terms.pool,
+            upstream=None if answer is None else answer.upstream.name,
+            endpoint=self.endpoint,
+            status=self.status,
+            ended=self.ended,
+            stream=self.request.stream,
+            input_tokens=usage.input,
+            cached_tokens=usage.cached,
+            output_tokens=usage.output,
+            source=usage.source,
+            cost_microusd=usage.cost(self.request.model),
+            received_ms=self.received_ms,
+            first_byte_ms=None if answer is None else round((answer.answered - self.received) * 1000),
+            duration_ms=round((time.monotonic() - self.received) * 1000),
+            attempts=0 if answer is None else answer.attempts,
+            bytes_out=0 if answer is None else answer.tail.length,
+        )
+
+    @property
+    def received_ms(self) -> int:
+        """When the request came, in milliseconds since 1970."""
+        return int(self.id[4:16], 16)
+
+
+_ENDED_BY: dict[Fault, Ended] = {"caller": "refused", "upstream": "upstream", "gateway": "gateway"}
+
+
+def new_id() -> str:
+    """An id that nobody guesses and that sorts by time: 48 bits of milliseconds, 80 random ones (as a UUIDv7 has)."""
+    return f"req_{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"

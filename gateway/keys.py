@@ -1,0 +1,190 @@
+"""The key ring: every worker holds all key records in memory, and hears of changes through a stream of the store.
+
+Identifying a caller costs a hash and a look-up in a dictionary. A revoked key is refused everywhere as soon as the
+stream says so, and callers are still known while the store is away. Records hold hashes only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Iterable
+from datetime import datetime
+
+import msgspec
+
+from gateway.errors import StoreUnavailable, Unauthenticated
+from gateway.identity import REFUSED, Principal, credential, hash_key, key_id_of, new_key
+from gateway.store import Failures, Store, StoreError
+
+_RECORDS = "{gateway}:keys"
+_CHANGES = "{gateway}:key-changes"
+_PEPPER = "{gateway}:pepper"
+# Changes that a worker may miss while it is cut off; it reads everything anew when it comes back.
+_CHANGES_KEPT = 10_000
+_NEWS_MS = 5_000
+_RETRY_SECONDS = 0.2
+
+
+class KeyRecord(msgspec.Struct, frozen=True):
+    """What is known of a key. Times are seconds since 1970; `hash` is HMAC-SHA256 under the pepper, in hex."""
+
+    id: str
+    hash: str
+    team: str
+    user: str | None
+    name: str | None
+    models: tuple[str, ...]
+    created: float
+    expires: float | None
+    revoked: float | None = None
+
+    def state(self, now: float) -> str:
+        """active, expired or revoked."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.expires is not None and self.expires <= now else "active"
+
+    def public(self, now: float) -> dict[str, object]:
+        """The record as programs read it: without the hash, times in RFC 3339."""
+        times = {
+            name: None if at is None else datetime.fromtimestamp(at).astimezone().isoformat(timespec="seconds")
+            for name, at in (("created", self.created), ("expires", self.expires), ("revoked", self.revoked))
+        }
+        return {
+            "id": self.id,
+            "team": self.team,
+            "user": self.user,
+            "name": self.name,
+            "models": list(self.models),
+            "state": self.state(now),
+            **times,
+        }
+
+
+_decode = msgspec.json.Decoder(KeyRecord).decode
+
+
+class KeyRing:
+    """All keys of a store. `pepper` is the secret that keys are hashed with."""
+
+    def __init__(self, store: Store, pepper: bytes) -> None:
+        self._store = store
+        self._pepper = pepper
+        self._records: dict[str, KeyRecord] = {}
+        self._principals: dict[str, tuple[bytes, float, Principal]] = {}
+        self._last = b"0-0"
+        self.loaded = False
+
+    def __repr__(self) -> str:
+        return f"<KeyRing {len(self._principals)} usable of {len(self._records)} keys>"
+
+    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
+        """Who sent these headers. Raises Unauthenticated, in the same words and after the same work for every key."""
+        key = credential(headers)
+        key_id = key_id_of(key)
+        if key_id is None:
+            raise Unauthenticated(REFUSED)
+        digest = hash_key(self._pepper, key).encode()
+        known, expires, principal = self._principals.get(key_id, _NOBODY)
+        if not hmac.compare_digest(digest, known) or principal is None or expires <= time.time():
+            raise Unauthenticated(REFUSED)
+        return principal
+
+    # — reading
+
+    async def load(self) -> None:
+        """Read all records. Raises StoreUnavailable, and StoreError where keys were made under another pepper."""
+        await self._check_pepper()
+        latest = await self._store.call(lambda: self._store.client.xrevrange(_CHANGES, count=1))
+        self._last = latest[0][0] if latest else b"0-0"
+        records = await self._store.call(lambda: self._store.client.hvals(_RECORDS))
+        self._records, self._principals = {}, {}
+        for record in records:
+            self._take(_decode(record))
+        self.loaded = True
+
+    async def follow(self) -> None:
+        """Take over every change as it is made, for ever; what was missed is read anew."""
+        while True:
+            try:
+                if not self.loaded:
+                    await self.load()
+                news = await self._store.patient.xread({_CHANGES: self._last}, count=1000, block=_NEWS_MS)
+                for entry, fields in news.get(_CHANGES.encode(), ()):
+                    self._last = entry
+                    self._take(_decode(fields[b"record"]))
+            except (*Failures, StoreUnavailable):
+                self.loaded = False
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    def records(self) -> list[KeyRecord]:
+        """All records, oldest first."""
+        return sorted(self._records.values(), key=lambda record: record.created)
+
+    def _take(self, record: KeyRecord) -> None:
+        self._records[record.id] = record
+        if record.revoked is not None:
+            self._principals.pop(record.id, None)
+            return
+        expires = float("inf") if record.expires is None else record.expires
+        principal = Principal(record.id, record.team, record.user, record.models)
+        self._principals[record.id] = (record.hash.encode(), expires, principal)
+
+    async def _check_pepper(self) -> None:
+        """Two gateways with different peppers would refuse each other's keys: say so at the start."""
+        mine = hash_key(self._pepper, b"gateway pepper")[:16]
+        client = self._store.client
+        await self._store.call(lambda: client.set(_PEPPER, mine, nx=True))
+        found = await self._store.call(lambda: client.get(_PEPPER))
+        if found.decode() != mine:
+            raise StoreError(
+                "the keys in this store were made under another pepper: set GATEWAY_KEY_PEPPER to the one of the "
+                "gateway that made them, or use its state folder"
+            )
+
+    # — writing
+
+    async def create(
+        self, team: str, *, user: str | None, name: str | None, models: tuple[str, ...], expires: float | None
+    ) -> tuple[KeyRecord, str]:
+        """A new key: its record, and the key itself, which is shown to its owner and forgotten."""
+        key_id, key = new_key()
+        record = KeyRecord(
+            id=key_id,
+            hash=hash_key(self._pepper, key.encode()),
+            team=team,
+            user=user,
+            name=name,
+            models=models,
+            created=time.time(),
+            expires=expires,
+        )
+        await self._write(record)
+        return record, key
+
+    async def revoke(self, key_id: str) -> KeyRecord | None:
+        """The record of a key that opens nothing any more, or None where there is no such key."""
+        record = self._records.get(key_id)
+        if record is None or record.revoked is not None:
+            return record
+        record = msgspec.structs.replace(record, revoked=time.time())
+        await self._write(record)
+        return record
+
+    async def _write(self, record: KeyRecord) -> None:
+        text = msgspec.json.encode(record)
+
+        async def write() -> None:
+            async with self._store.client.pipeline(transaction=True) as both:
+                both.hset(_RECORDS, record.id, text)
+                both.xadd(_CHANGES, {"record": text}, maxlen=_CHANGES_KEPT, approximate=True)
+                await both.execute()
+
+        await self._store.call(write)
+        self._take(record)
+
+
+# Compared with when the id is unknown, so that a guess takes as long as a mistake.
+_NOBODY: tuple[bytes, float, Principal | None] = (b"0" * 64, 0.0, None)

@@ -1,0 +1,189 @@
+"""Client bytes → InferenceRequest: aliases, model families, splicing.
+
+What a backend is asked is what the caller wrote. Only where an alias, a model's name or a boolean stands for
+something else is that one member replaced in its place; the bytes of every other value stay, and where nothing stands
+for anything else the body is the very object that came.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from msgspec.json import encode
+
+from gateway import contract
+from gateway.contract import Members, Prompts, Values, cut
+from gateway.errors import Invalid, NotFound, Problem
+from gateway.policy import Effort, Family, Model, Snapshot
+
+# Callers may write integers of any size. No limit is larger (policy.py), and the store's arithmetic is exact so far.
+MAX_BOUND = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """A request that the backends of its model can be asked."""
+
+    endpoint: str  # "completions" or "chat/completions"
+    path: str  # what is asked of the upstream: "/v1/completions"
+    model: Model
+    asked_model: str  # the name as the caller wrote it
+    body: bytes  # what goes upstream
+    stream: bool
+    user: str | None
+    input_estimate: int  # tokens: a quarter of the bytes of text, or the exact count of a prompt in tokens
+    output_bound: int  # the most output tokens that it may produce, over all prompts and choices
+
+
+def normalize(endpoint: str, body: bytes, snapshot: Snapshot) -> InferenceRequest:
+    """The request in a body. Raises BadRequest (400), Invalid (422, all problems at once) and NotFound (404)."""
+    members, values, problems = contract.read(endpoint, body, strict=snapshot.strict)
+    asked = values.get("model")
+    model = None if asked is None else snapshot.models.get(asked)
+    if model is not None and model.family is not None:
+        problems += _unsupported(model, model.family, values)
+    if problems:
+        raise Invalid(problems)
+    assert asked is not None
+    if model is None:
+        unknown = f'Model not found, inaccessible, and/or not deployed: "{cut(asked, 200)}"'
+        raise NotFound(unknown, code="model_not_found", param="model")
+    prompts = _prompts(values)
+    return InferenceRequest(
+        endpoint=endpoint,
+        path=f"/v1/{endpoint}",
+        model=model,
+        asked_model=asked,
+        body=_spliced(body, members, _edits(model, asked, values)),
+        stream=values.get("stream") is True,
+        user=values.get("user"),
+        input_estimate=prompts.tokens,
+        output_bound=_output_bound(model, values, prompts.number),
+    )
+
+
+def _prompts(values: Values) -> Prompts:
+    prompts: Prompts | None = values.get("prompt")
+    if prompts is not None:
+        return prompts
+    return Prompts(1, contract.estimate(len(values["messages"]) + len(values.get("tools") or b"")))
+
+
+def _output_bound(model: Model, values: Values, prompts: int) -> int:
+    asked = values.get("max_tokens")
+    if asked is None:
+        asked = values.get("max_completion_tokens")
+    if asked is None:
+        asked = model.max_output_tokens
+    return int(min(asked * values.get("n", 1) * prompts, MAX_BOUND))
+
+
+# — reasoning: a boolean stands for a word, and `thinking` for both
+
+
+def _effort(values: Values) -> str | int | bool | None:
+    """What is asked as reasoning_effort, or as the thinking that stands for it."""
+    thinking = values.get("thinking")
+    if thinking is None:
+        effort: str | int | bool | None = values.get("reasoning_effort")
+        return effort
+    return "none" if thinking["type"] == "disabled" else thinking.get("budget_tokens") or True
+
+
+def _word(effort: str | int | bool | None) -> str | int | None:
+    return ("medium" if effort else "none") if isinstance(effort, bool) else effort
+
+
+def _kinds(effort: str | int | bool | None) -> set[str]:
+    """What a family must take for an effort: a boolean is taken as one, and as the word that it stands for."""
+    match effort:
+        case None:
+            return set()
+        case bool():
+            return {"boolean", "medium" if effort else "none"}
+        case int():
+            return {"integer"}
+        case word:
+            return {word}
+
+
+def _unsupported(model: Model, family: Family, values: Values) -> Iterator[Problem]:
+    effort, accepted = _effort(values), family.reasoning_effort
+    if effort is not None and accepted is not None and (lacking := _kinds(effort) - accepted):
+        told = str(effort).lower() if lacking == {"boolean"} else cut(_word(effort))
+        expected = (kind for kind in get_args(Effort) if kind in accepted)
+        # Of the booleans, a family that always reasons takes only this one.
+        named = ("true" if kind == "boolean" and "none" not in accepted else kind for kind in expected)
+        place = "reasoning_effort" if values.get("thinking") is None else "thinking"
+        text = f"Invalid reasoning effort: {told}, {model.name} supports {', '.join(named)}"
+        yield Problem((place,), text)
+    history, known = values.get("reasoning_history"), family.reasoning_history
+    if history is not None and known is not None and history not in known:
+        text = f"reasoning_history: found {history}, {model.name} supports {', '.join(sorted(known))}"
+        yield Problem(("reasoning_history",), text)
+
+
+# — splicing
+
+# What becomes of a member: its name and its value (None: the bytes it has), or None where it goes.
+Edit = tuple[str, bytes | None] | None
+
+# The names that stand for others, by what the backends understand.
+_STAND_INS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "fireworks": (
+        ("max_completion_tokens", "max_tokens"),
+        ("prediction", "speculation"),
+        ("thinking", "reasoning_effort"),
+    ),
+    "openai": (("thinking", "reasoning_effort"),),
+}
+
+
+def _edits(model: Model, asked: str, values: Values) -> dict[str, Edit]:
+    edits: dict[str, Edit] = {}
+    if model.upstream_name != asked:
+        edits["model"] = ("model", encode(model.upstream_name))
+    for alias, name in _STAND_INS[model.api]:
+        if alias in values:
+            edits[alias] = (name, _meant(alias, values)) if values[alias] is not None else None
+            # Of two that were given one is null: the contract refuses both.
+            if name in values and values[name] is None:
+                edits[name] = None
+    if isinstance(values.get("reasoning_effort"), bool):
+        edits["reasoning_effort"] = ("reasoning_effort", encode(_word(_effort(values))))
+    return edits
+
+
+def _meant(alias: str, values: Values) -> bytes | None:
+    if alias == "thinking":
+        return encode(_word(_effort(values)))
+    return values[alias] if alias == "prediction" else None
+
+
+_NAME = re.compile(rb'\s*[{,](\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*)')
+
+
+def _spliced(body: bytes, members: Members, edits: Mapping[str, Edit]) -> bytes:
+    """The body with its edits, each in its place; the same object where there are none."""
+    if not edits:
+        return body
+    view = memoryview(body)
+    pieces: list[bytes | memoryview] = []
+    end = 0
+    for name, raw in members:
+        key = _NAME.match(body, end)
+        assert key is not None, "each value has a name before it in a body that was read"
+        value, end = key.end(), key.end() + len(raw)
+        edit = edits.get(name, (name, None))
+        if edit is None:
+            continue
+        new_name, new_value = edit
+        pieces += (
+            b"," if pieces else b"{",
+            key[1] if new_name == name else encode(new_name) + b":",
+            view[value:end] if new_value is None else new_value,
+        )
+    return b"".join((*pieces, view[end:]))

@@ -1,0 +1,112 @@
+"""Where a caller stands: its limits after a decision, as headers and, when it is refused, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.errors import GatewayError, QuotaExhausted, RateLimited
+from gateway.policy import Limit
+from gateway.terms import Charge
+
+# What a caller without a seat is told: how long other requests take is not known, one second is a polite guess.
+_SEAT_WAIT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One limit after a decision. `reset` is in seconds: until it is full again, or until its window ends."""
+
+    charge: Charge
+    remaining: int
+    reset: float
+    window: int
+
+
+def refusal(standings: tuple[Standing, ...], bound: Standing, wait: float) -> GatewayError:
+    """What a caller is told whom the limit of `bound` refuses; `wait` is in seconds, for a rate."""
+    limit, scope = bound.charge.limit, bound.charge.scope
+    unit = _unit(limit)
+    headers = standing_headers(standings, binding=bound)
+    used = max(0, limit.capacity - bound.remaining)
+    if limit.kind == "seats":
+        text = (
+            f"{scope} has {used} of {limit.capacity} concurrent requests open (limit {limit.name}); "
+            "one more fits when one of them ends"
+        )
+        return RateLimited(text, retry_after=_SEAT_WAIT, headers=headers)
+    shown = f"{used} of {limit.capacity} {unit} used, {bound.charge.amount} asked for"
+    if limit.kind == "quota":
+        text = (
+            f"{scope} has exhausted its quota {limit.name} of this {limit.window}: {shown}; "
+            f"it starts anew in {_go_duration(bound.reset)}"
+        )
+        return QuotaExhausted(text, headers=headers)
+    text = (
+        f"{scope} is over its rate {limit.name} ({limit.amount} {unit} per {limit.window}): {shown}; "
+        f"try again in {_go_duration(wait)}"
+    )
+    return RateLimited(text, retry_after=wait, headers=headers)
+
+
+def _unit(limit: Limit) -> str:
+    return "micro-dollars" if limit.count == "usd" else limit.count.replace("_", " ")
+
+
+def standing_headers(standings: tuple[Standing, ...], binding: Standing | None = None) -> list[tuple[bytes, bytes]]:
+    """What a caller is told of its limits: the binding one, or of each sort the one with the least left."""
+    headers: list[tuple[bytes, bytes]] = []
+    for sort, counts in _SORTS:
+        some = [s for s in standings if s.charge.limit.count in counts and s.charge.limit.kind != "seats"]
+        if not some:
+            continue
+        shown = binding if binding in some else min(some, key=_left)
+        name = sort.encode()
+        headers += (
+            (b"x-ratelimit-limit-" + name, b"%d" % shown.charge.limit.capacity),
+            (b"x-ratelimit-remaining-" + name, b"%d" % shown.remaining),
+            (b"x-ratelimit-reset-" + name, _go_duration(shown.reset).encode()),
+        )
+    if standings:
+        policy = ", ".join(_policy(s.charge.limit) for s in standings)
+        now = ", ".join(_ratelimit(s) for s in standings)
+        headers += ((b"ratelimit-policy", policy.encode()), (b"ratelimit", now.encode()))
+    return headers
+
+
+_SORTS = (
+    ("requests", frozenset(("requests",))),
+    ("tokens", frozenset(("input_tokens", "output_tokens", "total_tokens"))),
+)
+
+
+def _left(standing: Standing) -> float:
+    return standing.remaining / standing.charge.limit.capacity
+
+
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
+_UNITS = {"requests": "", "concurrent_requests": ';qu="concurrent-requests"'}
+
+
+def _policy(limit: Limit) -> str:
+    """One item of RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers): quota, window in seconds, unit."""
+    window = f";w={_SECONDS[limit.window]}" if limit.window in _SECONDS else ""
+    unit = _UNITS.get(limit.count, f';qu="{limit.count.replace("_", "-")}"')
+    return f'"{limit.name}";q={limit.capacity}{window}{unit}'
+
+
+def _ratelimit(standing: Standing) -> str:
+    reset = "" if standing.charge.limit.kind == "seats" else f";t={-int(-standing.reset // 1)}"
+    return f'"{standing.charge.limit.name}";r={standing.remaining}{reset}'
+
+
+def _go_duration(seconds: float) -> str:
+    """Seconds as OpenAI writes them, in Go's form: 12ms, 1.5s, 6m0s, 1h0m0s."""
+    ms = max(0, -int(-seconds * 1000 // 1))
+    if ms < 1000:
+        return f"{ms}ms"
+    minutes, rest = divmod(ms, 60_000)
+    text = f"{rest / 1000:g}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text

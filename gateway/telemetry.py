@@ -1,0 +1,150 @@
+"""What the gateway tells of itself: one line per exchange, never a body, never a key.
+
+structlog is set up once. On a terminal the lines are for people, elsewhere they are JSON. What other libraries log
+takes the same way, and at the sink whatever looks like a key is masked, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Mapping, MutableMapping
+from typing import Any, BinaryIO
+
+import msgspec
+import structlog
+
+from gateway.asgi import Cut, Scope, header
+from gateway.exchange import Exchange
+
+_access = structlog.get_logger("gateway.access")
+
+_SECRETS = re.compile(
+    rb"gw_[0-9A-Za-z]{4,}(?:_[0-9A-Za-z]+)?|\b(?:sk|fw|pk)[-_][0-9A-Za-z_-]{8,}|(?i:bearer)\s+[^\s\"'\\,]+"
+)
+_MASK = b"[masked]"
+
+
+def set_up(format_: str, stream: BinaryIO | None = None) -> None:
+    """Lines to `stream` (standard output), for `people` or as `json`; `auto` is people on a terminal."""
+    out = stream or sys.stdout.buffer
+    people = format_ == "people" or (format_ == "auto" and out.isatty())
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if people else "iso", utc=not people, key="timestamp"),
+    ]
+    render = _People() if people else _json
+    structlog.configure(
+        processors=[*shared, structlog.processors.format_exc_info, render],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.BytesLoggerFactory(file=out),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(_Sink(out))
+    formatter = structlog.stdlib.ProcessorFormatter(
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            lambda *event: render(*event).decode(),
+        ],
+        foreign_pre_chain=[*shared, _logger_name],
+    )
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers, root.level = [handler], logging.WARNING
+    logging.getLogger("uvicorn.error").addFilter(_meant)
+
+
+def observe(x: Exchange, scope: Scope) -> None:
+    """The one line of an exchange, at its end. Field names after OpenTelemetry, units in the names."""
+    request, answer, usage = x.request, x.answer, x.usage
+    now = time.monotonic()
+    fields: dict[str, Any] = {
+        "request_id": x.id,
+        "http.request.method": scope["method"],
+        "http.route": "/v1/" + x.endpoint,
+        "http.response.status_code": x.status,
+        "outcome": x.ended,
+        "duration_s": round(now - x.received, 6),
+    }
+    if x.called != x.id.encode():
+        fields["client_request_id"] = x.called.decode()
+    if x.principal is not None:
+        fields["key_id"] = x.principal.key_id
+        fields["team"] = x.principal.team
+    if request is not None:
+        fields["gen_ai.request.model"] = request.model.name
+        fields["stream"] = request.stream
+    if answer is not None:
+        fields["upstream.name"] = answer.upstream.name
+        fields["upstream.attempts"] = answer.attempts
+        fields["ttft_s"] = round(answer.answered - x.received, 6)
+        fields["input_tokens"] = usage.input
+        fields["cached_tokens"] = usage.cached
+        fields["output_tokens"] = usage.output
+        fields["usage_source"] = usage.source
+        fields["bytes_out"] = answer.tail.length
+    if x.error is not None:
+        fields["error.type"] = x.error.code or x.error.type
+    retries = header(scope["headers"], b"x-stainless-retry-count")
+    if retries is not None and retries.isdigit():
+        fields["sdk_retry_count"] = int(retries[:3])
+    _access.info("http_access", **fields)
+
+
+def _json(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
+    return _SECRETS.sub(_MASK, msgspec.json.encode(event, enc_hook=repr))
+
+
+class _People:
+    """Columns for people: an exchange is a row, the rest is structlog's own console."""
+
+    def __init__(self) -> None:
+        self._console = structlog.dev.ConsoleRenderer(colors=True, pad_event_to=24)
+
+    def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
+        if event.get("event") == "http_access":
+            return _SECRETS.sub(_MASK, _row(event).encode())
+        return _SECRETS.sub(_MASK, str(self._console(logger, method, event)).encode())
+
+
+_DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
+_COLOURS = {2: "\x1b[32m", 4: "\x1b[33m", 5: "\x1b[31m"}
+
+
+def _row(e: Mapping[str, Any]) -> str:
+    status = e["http.response.status_code"]
+    tokens = f"{e['input_tokens']:>6} → {e['output_tokens']:<6}" if "input_tokens" in e else " " * 15
+    counted = "~" if e.get("usage_source") == "counted" else " "
+    model = e.get("gen_ai.request.model", "-").rpartition("/")[2]
+    why = e.get("error.type") or ("" if e["outcome"] == "complete" else e["outcome"])
+    return (
+        f"{_DIM}{e['timestamp']}{_PLAIN} {_COLOURS.get(status // 100, '')}{_BOLD}{status}{_PLAIN} "
+        f"{e['http.route']:<20} {model:<24.24} {e.get('team', '-'):<12.12} {tokens}{counted} "
+        f"{e['duration_s'] * 1000:>8.1f} ms  {_DIM}{e['request_id']}{_PLAIN} {why}"
+    )
+
+
+def _logger_name(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    event["logger"] = event["_record"].name
+    return event
+
+
+def _meant(record: logging.LogRecord) -> bool:
+    """Not a defect, and so not a line: an answer that is cut off on purpose ends uvicorn's task with an exception."""
+    return not (record.exc_info and isinstance(record.exc_info[1], Cut))
+
+
+class _Sink:
+    """The text side of the byte stream that the lines go to."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+
+    def write(self, text: str) -> None:
+        self._out.write(text.encode("utf-8", "replace"))
+
+    def flush(self) -> None:
+        self._out.flush()

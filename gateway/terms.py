@@ -1,0 +1,102 @@
+"""What this principal may do with this request: the pool, and every limit that binds with what it will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.errors import BadRequest, Forbidden
+from gateway.identity import Principal, anonymous
+from gateway.normalize import InferenceRequest
+from gateway.policy import Count, Limit, Scope, Snapshot, Team, matches
+from gateway.usage import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """One limit of a request: the key of its count in the store, the scope in words, and what is reserved of it."""
+
+    limit: Limit
+    key: str
+    scope: str
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is allowed. Holding one means: allowed."""
+
+    organisation: str
+    team: str
+    key_id: str
+    user: str | None
+    pool: str
+    charges: tuple[Charge, ...]
+
+
+# What one request counts, by the name of the count. Before the answer: an upper bound. After it: what was used.
+_ESTIMATES: dict[Count, Callable[[InferenceRequest, int], int]] = {
+    "requests": lambda request, output: 1,
+    "concurrent_requests": lambda request, output: 1,
+    "input_tokens": lambda request, output: request.input_estimate,
+    "output_tokens": lambda request, output: output,
+    "total_tokens": lambda request, output: request.input_estimate + output,
+    "usd": lambda request, output: Usage(request.input_estimate, output).cost(request.model),
+}
+_USED: dict[Count, Callable[[Usage, InferenceRequest], int]] = {
+    "requests": lambda usage, request: 0 if usage.source == "none" else 1,
+    "concurrent_requests": lambda usage, request: 0,
+    "input_tokens": lambda usage, request: usage.input,
+    "output_tokens": lambda usage, request: usage.output,
+    "total_tokens": lambda usage, request: usage.total,
+    "usd": lambda usage, request: usage.cost(request.model),
+}
+
+
+def used(count: Count, usage: Usage, request: InferenceRequest) -> int:
+    """What an answered request used of a count; a request that got no answer used nothing."""
+    return _USED[count](usage, request)
+
+
+def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapshot) -> Terms:
+    """The terms of a request. Raises Forbidden (403), and BadRequest for one that no limit could ever hold."""
+    model = request.model.name
+    team = snapshot.teams.get(principal.team)
+    if team is None:
+        raise Forbidden("the team of this key is not in the policies any more")
+    if not (team.may_use(model) and (not principal.models or matches(principal.models, model))):
+        whose = "team" if not team.may_use(model) else "key"
+        raise Forbidden(f"this {whose} may not use the model {request.asked_model}", param="model")
+    output = request.output_bound if snapshot.gateway.reserve == "max" else 0
+    user = request.user if request.user is not None else principal.user
+    scopes = _scopes(principal, team, user, model)
+    charges = []
+    for limit in team.limits:
+        amount = _ESTIMATES[limit.count](request, output)
+        if amount > limit.capacity:
+            raise _never(limit, amount, request)
+        values = [scopes[scope] for scope in limit.per]
+        # The braces are a hash tag: all counts of an organisation live on one slot of a cluster, for one script.
+        key = f"{{{team.organisation}}}:{limit.kind}:{limit.name}:{'|'.join(values)}"
+        charges.append(Charge(limit, key, f"{limit.per[0]} {values[0]}", amount))
+    return Terms(team.organisation, team.name, principal.key_id, user, request.model.pool, tuple(charges))
+
+
+def _scopes(principal: Principal, team: Team, user: str | None, model: str) -> dict[Scope, str]:
+    return {
+        "organisation": team.organisation,
+        "team": team.name,
+        "key": principal.key_id,
+        "user": anonymous(user or ""),
+        "model": model,
+    }
+
+
+def _never(limit: Limit, amount: int, request: InferenceRequest) -> BadRequest:
+    unit = "micro-dollars" if limit.count == "usd" else limit.count.replace("_", " ")
+    remedy = "" if limit.count == "input_tokens" else f" Lower max_tokens (bound: {request.output_bound}) or n."
+    return BadRequest(
+        f"the request may take {amount} {unit}, the limit {limit.name} never holds more than {limit.capacity}.{remedy}",
+        code="request_exceeds_limit",
+        param=None if limit.count in ("requests", "concurrent_requests") else "max_tokens",
+    )

@@ -1,0 +1,506 @@
+"""HTTP/1.1 to one upstream: the project's own transport under httpx, on llhttp and asyncio's protocols.
+
+One question travels at a time over a connection, and one parser reads one answer: nothing of an exchange, neither a
+byte nor a state, is left for the next one. A connection is
+
+    busy     it belongs to one Answer, from the question until that Answer is closed
+    idle     its last answer was received whole and both sides keep it open; whatever arrives now ends it
+    closed   for ever. An answer that was still owed has failed: a cut body raises, it never ends cleanly
+
+and goes from busy to idle to busy, and from either to closed. `_Connection.end` is the only way to closed.
+
+Bytes wait in the Answer until its reader takes them. Above 64 KiB the socket is not read any more, and TCP tells the
+upstream to wait.
+
+Deadlines cost nothing per piece: the moments are noted, and one timer per connection looks at them when it fires. It
+is armed again only when something is due earlier than it would fire, which on a warm connection is never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Final, Literal, cast
+
+import httpx
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from gateway.errors import UpstreamFailed, UpstreamTimeout
+from gateway.policy import Timeouts
+
+Framing = Literal["length", "chunked", "close", "none"]
+
+_HEAD = 64 * 1024  # bytes of a head, with all that is informational before it; nginx and h11 stop at about as much
+_FIELDS = 200  # of a head; Apache's limit is 100
+_WAITING = 64 * 1024  # bytes that may wait for the reader; asyncio's own high-water mark
+_INBOX = 64 * 1024  # bytes of one read: with _WAITING before it, a stream never holds more than 128 KiB
+_PIECES = 256  # that may wait: a piece costs some 50 bytes beyond its own, and there are chunks of one byte
+_IDLE = 30.0  # seconds that an unused connection is kept; common servers close after 60 or more
+_MARGIN = 1.0  # seconds by which we are earlier than an upstream that told when it closes
+
+_FAILURES: Final[dict[str, tuple[type[UpstreamFailed], str]]] = {
+    "upstream_connect_failed": (UpstreamFailed, "no connection to the upstream could be made"),
+    "upstream_connect_timeout": (UpstreamTimeout, "the upstream did not accept a connection in time"),
+    "upstream_disconnected": (UpstreamFailed, "the upstream's connection ended before its answer was complete"),
+    "upstream_protocol_error": (UpstreamFailed, "the upstream's answer is not valid HTTP/1.1"),
+    "upstream_first_byte_timeout": (UpstreamTimeout, "the upstream did not begin to answer in time"),
+    "upstream_idle_timeout": (UpstreamTimeout, "the upstream fell silent before its answer was complete"),
+    "upstream_total_timeout": (UpstreamTimeout, "the upstream did not complete its answer in time"),
+}
+
+
+def _failure(code: str, cause: BaseException | None = None) -> UpstreamFailed:
+    kind, message = _FAILURES[code]
+    failure = kind(message, code=code)
+    failure.__cause__ = cause
+    return failure
+
+
+class Wire(httpx.AsyncBaseTransport):
+    """Exchanges with the one upstream at `url`, whose scheme, host and port count; a request brings its own path.
+
+    There is no limit of connections here: who may ask is the pool's affair. Every exception out of
+    `handle_async_request` means that nothing was answered.
+    """
+
+    def __init__(self, url: str, timeouts: Timeouts, *, ssl_context: ssl.SSLContext | None = None) -> None:
+        origin = httpx.URL(url)
+        secure = origin.scheme == "https"
+        self.timeouts = timeouts
+        self._host = origin.raw_host.decode("ascii")
+        self._port = origin.port or (443 if secure else 80)
+        self._ssl = (ssl_context or ssl.create_default_context()) if secure else None
+        self._closed = False
+        self.busy: set[_Connection] = set()
+        self.idle: dict[_Connection, None] = {}  # in the order of their last use: popitem takes the warmest
+        # All connections read into one buffer: what was read is parsed, and so copied, before the next read begins.
+        self.inbox = memoryview(bytearray(_INBOX))
+
+    def __repr__(self) -> str:
+        state = "closed, " if self._closed else ""
+        return f"<Wire {self._host}:{self._port} {state}{len(self.busy)} busy, {len(self.idle)} idle>"
+
+    @property
+    def in_flight(self) -> int:
+        """Answers that are not closed yet."""
+        return len(self.busy)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """The answer as soon as its head is here; its `stream` is an Answer. Raises UpstreamFailed, UpstreamTimeout.
+
+        The body is `extensions["body"]`, or else the request's own content or stream.
+        """
+        question = _Question(request)
+        answer = await self._ask_again(question) or await (await self._connect()).ask(question)
+        return httpx.Response(answer.status, headers=answer.headers, stream=answer)
+
+    async def _ask_again(self, question: _Question) -> Answer | None:
+        """The answer over a connection that was used before. None if there is none, or if it had died meanwhile.
+
+        An upstream may close an idle connection in the moment in which we write (RFC 9112 section 9.3.1). It has then
+        not answered one byte, and the question goes once more, over a new connection, which cannot have that excuse.
+        """
+        connection = self._warmest() if question.body is not None else None  # a stream cannot be sent twice
+        if connection is None:
+            return None
+        try:
+            return await connection.ask(question)
+        except UpstreamFailed as failed:
+            if connection.heard or failed.code != "upstream_disconnected":
+                raise
+            return None
+
+    def _warmest(self) -> _Connection | None:
+        now = asyncio.get_running_loop().time()
+        while self.idle:
+            connection, _ = self.idle.popitem()
+            if now < connection.expires:
+                return connection
+            connection.end()
+        return None
+
+    async def _connect(self) -> _Connection:
+        """A new connection; TCP_NODELAY is set by both event loops."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.timeouts.connect):
+                _, connection = await loop.create_connection(
+                    partial(_Connection, self), self._host, self._port, ssl=self._ssl
+                )
+        except TimeoutError as late:
+            raise _failure("upstream_connect_timeout") from late
+        except OSError as failed:
+            raise _failure("upstream_connect_failed") from failed
+        if self._closed:
+            connection.end()
+            raise _failure("upstream_connect_failed")
+        return connection
+
+    async def aclose(self) -> None:
+        """Ends every connection, and with it every answer that is still owed. Nothing new is opened."""
+        self._closed = True
+        for connection in [*self.busy, *self.idle]:
+            connection.end()
+
+    def keep(self, connection: _Connection) -> bool:
+        """Takes back a connection that could serve again; False if it is not wanted."""
+        self.busy.discard(connection)
+        if not self._closed:
+            self.idle[connection] = None
+        return not self._closed
+
+    def forget(self, connection: _Connection) -> None:
+        self.busy.discard(connection)
+        self.idle.pop(connection, None)
+
+
+class _Question:
+    """A request as it is written: `head`, and either `body` or a `stream` of `length` bytes."""
+
+    __slots__ = ("body", "head", "length", "method", "stream")
+
+    def __init__(self, request: httpx.Request) -> None:
+        self.method = request.method
+        self.head = _head(request)
+        self.stream = cast(httpx.AsyncByteStream, request.stream)
+        self.length = 0
+        self.body: bytes | None = request.extensions.get("body")
+        if self.body is None and isinstance(request.stream, httpx.ByteStream):
+            self.body = request.content
+        elif self.body is None:
+            self.length = int(request.headers["content-length"])
+
+
+def _head(request: httpx.Request) -> bytes:
+    fields = request.headers.raw
+    start = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)
+    head = b"\r\n".join([start, *map(b": ".join, fields), b"\r\n"])
+    # Whatever splits a line or a head needs a CR or an LF beyond those that we wrote. Three scans in C say it of all.
+    lines = len(fields) + 2
+    if head.count(b"\r") != lines or head.count(b"\n") != lines or b"\0" in head:
+        raise ValueError("a request's head contains CR, LF or NUL")
+    return head
+
+
+class Answer(httpx.AsyncByteStream):
+    """The body of one answer, piece by piece as it arrives, and what its parser reports to.
+
+    Iterating raises UpstreamFailed or UpstreamTimeout if the upstream does not finish; an end is a true end. `aclose`
+    gives the connection back if the answer was received whole, and otherwise closes it at once.
+    """
+
+    def __init__(self, connection: _Connection, method: str) -> None:
+        self.status = 0  # until the head is complete
+        self.headers: list[tuple[bytes, bytes]] = []  # in the order, the case and the number in which they came
+        self.framed: Framing = "none"
+        self.received = False  # the whole of it, though the reader may not have taken all
+        self.failure: UpstreamFailed | None = None
+        self.reusable_for = 0.0  # seconds that the connection may be kept afterwards
+        self.waiting = 0  # bytes in pieces
+        self.pieces: list[bytes] = []
+        self.barren = 0  # bytes that arrived and gave no body since the last that did
+        self._connection = connection
+        self._method = method
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        end = self.failure or ("received" if self.received else "arriving")
+        return f"<Answer {self.status} {self.framed}, {end}, {self.waiting} bytes waiting>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing follows the piece that was yielded last."""
+        return self.received and not self.pieces
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self.pieces:
+            if self.received:
+                raise StopAsyncIteration
+            self._connection.owes()
+            await self.news()
+        piece = self.join()
+        self.pieces.clear()
+        self.waiting = 0
+        self._connection.taken()
+        return piece
+
+    def join(self) -> bytes:
+        """Makes one piece of those that wait."""
+        if len(self.pieces) > 1:
+            self.pieces[:] = [b"".join(self.pieces)]
+        return self.pieces[0]
+
+    async def aclose(self) -> None:
+        self._connection.release(self)
+
+    # — one waits: the reader for a piece, the writer for room, the asker for the head
+
+    async def news(self) -> None:
+        """Waits until something has changed. Raises what has failed."""
+        if self.failure is not None:
+            raise self.failure
+        self._waiter = self._connection.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail(self, failure: UpstreamFailed) -> None:
+        self.failure = failure
+        self.wake()
+
+    def finish(self) -> None:
+        self.received = True
+        self.wake()
+
+    # — what the parser says. Whatever is raised here stops it, and so ends the connection
+
+    def on_message_begin(self) -> None:
+        if self.received:
+            raise HttpParserError("bytes beyond the answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._connection.parser
+        status = parser.get_status_code()
+        fields, self._fields = self._fields, []
+        if parser.get_http_version() not in ("1.1", "1.0"):
+            raise HttpParserError("another protocol")
+        if 100 <= status < 200 and status != 101:
+            return  # informational (RFC 9110 section 15.2): the answer is still to come
+        if not 200 <= status < 600:
+            raise HttpParserError("a status that no answer has")
+        self.headers, self.framed = fields, self._framing(status, fields)
+        self.status = status
+        self.wake()
+        if self._method == "HEAD":
+            self.received = True
+            raise HttpParserError("the parser cannot know that no body follows")
+
+    def _framing(self, status: int, fields: list[tuple[bytes, bytes]]) -> Framing:
+        """How the body ends (RFC 9112 section 6.3). The parser has refused two lengths, and a length beside chunks."""
+        if len(fields) > _FIELDS or (self.barren > _HEAD and sum(len(n) + len(v) + 4 for n, v in fields) > _HEAD):
+            raise HttpParserError("too large a head")
+        known = {name.lower(): value for name, value in fields}
+        if self._connection.parser.should_keep_alive():
+            self.reusable_for = _patience(known.get(b"keep-alive"))
+        coding = known.get(b"transfer-encoding")
+        if coding is not None and coding.strip().lower() != b"chunked":
+            raise HttpParserError("a transfer coding that was not asked for")
+        if status in (204, 304) or self._method == "HEAD":
+            return "none"
+        if coding is not None:
+            return "chunked"
+        return "length" if b"content-length" in known else "close"
+
+    def on_body(self, piece: bytes) -> None:
+        self.pieces.append(piece)
+        self.waiting += len(piece)
+        self.barren = 0
+        self.wake()
+
+    def on_message_complete(self) -> None:
+        if self.status:
+            self.finish()
+
+
+def _patience(told: bytes | None) -> float:
+    """How long a connection is kept whose upstream says `Keep-Alive: timeout=5`, or says nothing."""
+    found = re.search(rb"timeout\s*=\s*(\d{1,9})", told, re.IGNORECASE) if told else None
+    return min(_IDLE, int(found[1]) - _MARGIN) if found else _IDLE
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """One socket. `expires` is when it is not worth keeping any more, in the loop's time."""
+
+    parser: HttpResponseParser  # only while busy, because it and its answer hold each other
+    _transport: asyncio.Transport
+
+    def __init__(self, wire: Wire) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.heard = False  # anything of an answer
+        self.expires = 0.0
+        self._wire = wire
+        self._closed = False
+        self._answer: Answer | None = None  # only while busy
+        self._asked_at = 0.0
+        self._owed_since: float | None = None  # only while somebody waits for the upstream
+        self._sent = False  # the question, whole
+        self._choked = False  # the transport has more to write than it likes
+        self._paused = False  # by us: too much waits for the reader
+        self._timer: asyncio.TimerHandle | None = None
+        self._fires_at = 0.0
+
+    async def ask(self, question: _Question) -> Answer:
+        """Its answer, once the head is here."""
+        if self._closed:
+            raise _failure("upstream_disconnected")
+        self._answer = answer = Answer(self, question.method)
+        self.parser = HttpResponseParser(answer)
+        self.heard = self._sent = False
+        self._asked_at = self.loop.time()
+        self._wire.busy.add(self)
+        self._arm(self._asked_at + self._wire.timeouts.first_byte)
+        try:
+            await self._write(question, answer)
+            self.owes()
+            while not answer.status:
+                await answer.news()
+        except BaseException:
+            self.end()
+            raise
+        self._owed_since = None
+        if not answer.received:
+            self._arm(self.loop.time() + self._wire.timeouts.idle)
+        return answer
+
+    async def _write(self, question: _Question, answer: Answer) -> None:
+        if question.body is not None:
+            self._transport.write(question.head + question.body)
+            self._sent = True
+            return
+        self._transport.write(question.head)
+        left = question.length
+        async for piece in question.stream:
+            left -= len(piece)
+            if left < 0:
+                break
+            self._transport.write(piece)
+            while self._choked and not answer.status:
+                await answer.news()
+            if answer.status:
+                return  # answered before it was asked to the end: the rest is not wanted
+        if left:
+            raise ValueError("a request's stream is not as long as its content-length says")
+        self._sent = True
+
+    def release(self, answer: Answer) -> None:
+        """The reader has done with its answer; saying it twice is as good as once."""
+        if answer is not self._answer:
+            return
+        clean = answer.received and self._sent and not self._paused and not self._transport.get_write_buffer_size()
+        if clean and answer.reusable_for > 0 and self._wire.keep(self):
+            self._answer = None
+            del self.parser
+            self.expires = self.loop.time() + answer.reusable_for
+            self._arm(self.expires)
+        else:
+            self.end()
+
+    def end(self, code: str = "upstream_disconnected", cause: BaseException | None = None) -> None:
+        """Closes at once, dropping what is unsent, and fails the answer that is owed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wire.forget(self)
+        self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            del self.parser
+            if not answer.received:
+                answer.fail(_failure(code, cause))
+
+    # — what the transport says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._wire.inbox
+
+    def buffer_updated(self, nbytes: int) -> None:
+        answer = self._answer
+        if answer is None:
+            self.end()  # nothing was asked
+            return
+        self.heard = True
+        answer.barren += nbytes
+        try:
+            self.parser.feed_data(self._wire.inbox[:nbytes])
+        except (HttpParserError, HttpParserUpgrade) as broken:
+            self.end("upstream_protocol_error", broken)
+            return
+        if answer.barren > _HEAD:
+            self.end("upstream_protocol_error")
+        elif answer.waiting > _WAITING and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+        elif len(answer.pieces) > _PIECES:
+            answer.join()
+
+    def eof_received(self) -> None:
+        self.connection_lost(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None and self._answer is not None and self._answer.framed == "close":
+            self._answer.finish()
+        self.end(cause=exc)
+
+    def pause_writing(self) -> None:
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        self._choked = False
+        if self._answer is not None:
+            self._answer.wake()
+
+    # — what the reader says
+
+    def owes(self) -> None:
+        """From now on somebody waits for the upstream."""
+        self._owed_since = self.loop.time()
+
+    def taken(self) -> None:
+        """The reader has everything and is busy with it."""
+        self._owed_since = None
+        if self._paused:
+            self._paused = False
+            if not self._closed:
+                self._transport.resume_reading()
+
+    # — deadlines
+
+    def _arm(self, at: float) -> None:
+        """Lets the timer fire at `at` or before."""
+        if self._timer is not None:
+            if self._fires_at <= at:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(at, self._look)
+        self._fires_at = at
+
+    def _look(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        due, code = self._due(now)
+        if now < due:
+            self._arm(due)
+        else:
+            self.end(code)
+
+    def _due(self, now: float) -> tuple[float, str]:
+        """When it ends, and as what. While nobody waits, the reader may begin to at any time: not before `now`."""
+        if self._answer is None:
+            return self.expires, ""
+        timeouts = self._wire.timeouts
+        since = now if self._owed_since is None else self._owed_since
+        if self._answer.status:
+            silence = since + timeouts.idle, "upstream_idle_timeout"
+        else:
+            silence = since + timeouts.first_byte, "upstream_first_byte_timeout"
+        return min(silence, (self._asked_at + timeouts.total, "upstream_total_timeout"))

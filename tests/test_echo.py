@@ -1,0 +1,452 @@
+"""The scripted backend over real sockets: what it says, how it misbehaves, and that its ledger is right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+import uvicorn
+from fireworks import AsyncFireworks
+from fireworks.types import CompletionChunk, CompletionCreateResponse
+from openai import APIError, AsyncOpenAI
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from gateway import echo
+
+Json = dict[str, Any]
+TEXT, CHAT, LEDGER = "/v1/completions", "/v1/chat/completions", "/echo/ledger"
+FOREVER = 600  # seconds: who waits for the end of it has hung
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[str]:
+    """The address of a backend with a ledger of its own."""
+    config = uvicorn.Config(echo.create_app(), log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        task = asyncio.create_task(server.serve([listening]))
+        try:
+            yield "http://{}:{}".format(*listening.getsockname())
+        finally:
+            server.should_exit = True
+            await task
+
+
+@pytest.fixture(scope="module")
+async def address() -> AsyncIterator[str]:
+    async with serving() as address:
+        yield address
+
+
+@pytest.fixture
+async def client(address: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=address, timeout=30) as client:
+        await client.delete(LEDGER)
+        yield client
+
+
+def text(prompt: object, **more: object) -> Json:
+    return {"model": "any", "prompt": prompt, **more}
+
+
+def chat(*messages: tuple[str, object], **more: object) -> Json:
+    return {"model": "any", "messages": [{"role": role, "content": content} for role, content in messages], **more}
+
+
+def events_of(stream: str) -> list[Json]:
+    """The JSON of a data-only stream that ends as it should."""
+    *events, end, rest = stream.split("\n\n")
+    assert (end, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+async def ask(client: httpx.AsyncClient, body: Json, script: str = "") -> httpx.Response:
+    path = CHAT if "messages" in body else TEXT
+    return await client.post(path, json=body, headers={"x-echo": script} if script else {})
+
+
+async def told(client: httpx.AsyncClient, body: Json, script: str = "") -> list[Json]:
+    """The events of a stream."""
+    return events_of((await ask(client, {**body, "stream": True}, script)).text)
+
+
+async def entry(client: httpx.AsyncClient, *awaited: str) -> Json:
+    """The one row of the ledger, as soon as it has one of these states; by default, any that is an end."""
+    async with asyncio.timeout(10):
+        while True:
+            rows = (await client.get(LEDGER)).json()
+            if rows and rows[-1]["status"] in (awaited or ("complete", "aborted")):
+                (row,) = rows
+                return dict(row)
+
+
+def words_of(events: list[Json], index: int = 0) -> str:
+    choices = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+
+
+def usage(prompt: int, completion: int, cached: int = 0) -> Json:
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+# — what it says
+
+
+async def test_a_completion_repeats_the_words_of_its_prompt_and_counts_them(client: httpx.AsyncClient) -> None:
+    answer = (await ask(client, text("to be or", max_tokens=5))).json()
+    Completion.model_validate(answer, strict=True)
+    CompletionCreateResponse.model_validate(answer, strict=True)
+    choice = {"index": 0, "text": "to be or to be", "logprobs": None, "finish_reason": "length"}
+    assert [choice] == answer["choices"]
+    assert usage(3, 5) == answer["usage"]
+    assert (answer["object"], answer["model"]) == ("text_completion", "any")
+
+
+async def test_a_chat_repeats_the_last_user_message_and_counts_all_of_them(client: httpx.AsyncClient) -> None:
+    parts = [{"type": "text", "text": "to be"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    body = chat(("system", "be brief"), ("user", parts), ("assistant", None), max_completion_tokens=3)
+    answer = (await ask(client, body)).json()
+    ChatCompletion.model_validate(answer, strict=True)
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "to be to"}
+    assert usage(4, 3) == answer["usage"]
+
+
+async def test_sixteen_words_are_said_where_nothing_else_is_asked(client: httpx.AsyncClient) -> None:
+    (choice,) = (await ask(client, text("word"))).json()["choices"]
+    assert (len(choice["text"].split()), choice["finish_reason"]) == (16, "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "texts"),
+    [
+        (["a b", "c"], 3, ["a b", "c c"]),
+        ([7, 8, 9], 3, ["7 8"]),
+        ([[7, 8], [9]], 3, ["7 8", "9 9"]),
+        ("", 0, ["echo echo"]),
+    ],
+)
+async def test_every_form_of_prompt_is_read(
+    client: httpx.AsyncClient, prompt: object, tokens: int, texts: list[str]
+) -> None:
+    answer = (await ask(client, text(prompt, max_tokens=2))).json()
+    assert texts == [choice["text"] for choice in answer["choices"]]
+    assert usage(tokens, 2 * len(texts)) == answer["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_prompts_and_n_make_several_choices(client: httpx.AsyncClient, stream: bool) -> None:
+    body = text(["a", "b"], n=2, max_tokens=2)
+    events = await told(client, body) if stream else [(await ask(client, body)).json()]
+    assert [words_of(events, index) for index in range(5)] == ["a a", "a a", "b b", "b b", ""]
+    assert usage(2, 8) == events[-1]["usage"]
+    assert (await entry(client))["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_says_the_prompt_first_and_does_not_count_it(client: httpx.AsyncClient, stream: bool) -> None:
+    body = text("to  be ", echo=True, max_tokens=1)
+    events = await told(client, body) if stream else [(await ask(client, body)).json()]
+    assert words_of(events) == "to  be  to"
+    assert usage(2, 1) == events[-1]["usage"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_are_the_legacy_arrays_and_offsets_point_into_the_text(
+    client: httpx.AsyncClient, stream: bool
+) -> None:
+    body = text("to be", logprobs=1, echo=True, max_tokens=2)
+    events = await told(client, body) if stream else [(await ask(client, body)).json()]
+    said = words_of(events)
+    probed = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+    tokens = [token for p in probed for token in p["tokens"]]
+    assert tokens == [" to", " be"]
+    assert tokens == [said[at : at + 3] for p in probed for at in p["text_offset"]]
+    assert [list(top.values()) for p in probed for top in p["top_logprobs"]] == [[-0.5], [-0.5]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_performance_metrics_are_headers_and_on_request_members(client: httpx.AsyncClient, stream: bool) -> None:
+    for asked in (False, True):
+        answer = await ask(client, text("to be", stream=stream, perf_metrics_in_response=asked))
+        last = events_of(answer.text)[-1] if stream else answer.json()
+        assert answer.headers["fireworks-prompt-tokens"] == "2"
+        assert 0 <= float(answer.headers["fireworks-server-time-to-first-token"]) < 10
+        assert asked == ("perf_metrics" in last)
+    assert last["perf_metrics"]["prompt-tokens"] == 2
+
+
+async def test_a_stream_is_an_event_a_token_with_usage_in_the_finish_chunk(client: httpx.AsyncClient) -> None:
+    answer = await ask(client, text("to be", max_tokens=3, stream=True))
+    assert answer.headers["content-type"] == "text/event-stream"
+    events = events_of(answer.text)
+    for event in events:
+        CompletionChunk.model_validate(event, strict=True)
+    assert [event["choices"][0]["text"] for event in events] == ["to", " be", " to", ""]
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None, None, None, "length"]
+    assert [None, None, None, usage(2, 3)] == [event.get("usage") for event in events]
+
+
+async def test_a_chat_stream_names_its_role_first(client: httpx.AsyncClient) -> None:
+    events = await told(client, chat(("user", "to be"), max_tokens=2))
+    for event in events:
+        ChatCompletionChunk.model_validate(event, strict=True)
+    deltas = [{"role": "assistant", "content": ""}, {"content": "to"}, {"content": " be"}, {}]
+    assert deltas == [event["choices"][0]["delta"] for event in events]
+
+
+async def test_stream_options_ask_for_usage_in_a_chunk_of_its_own(client: httpx.AsyncClient) -> None:
+    events = await told(client, chat(("user", "to be"), max_tokens=1, stream_options={"include_usage": True}))
+    assert [None, None, None, usage(2, 1)] == [event["usage"] for event in events]
+    assert [len(event["choices"]) for event in events] == [1, 1, 1, 0]
+
+
+async def test_both_sdks_read_its_streams(address: str) -> None:
+    async with AsyncOpenAI(api_key="any", base_url=f"{address}/v1") as openai:
+        chunks = await openai.completions.create(model="any", prompt="to be", max_tokens=2, stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in chunks]) == "to be"
+    async with AsyncFireworks(api_key="any", base_url=address) as fireworks:
+        parts = await fireworks.completions.create(model="any", prompt="to be", max_tokens=2, stream=True)
+        assert "".join([part.choices[0].text async for part in parts]) == "to be"
+
+
+async def test_the_request_id_of_the_caller_comes_back(client: httpx.AsyncClient) -> None:
+    answer = await client.post(TEXT, json=text("to be"), headers={"x-request-id": "req-1"})
+    assert (answer.headers["x-request-id"], answer.json()["id"]) == ("req-1", "cmpl-req-1")
+    assert (await entry(client))["id"] == "req-1"
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"model":"any"}', b'{"model":"any","prompt":"\xff"}', b"{}"])
+async def test_what_it_cannot_read_is_a_bad_request(client: httpx.AsyncClient, body: bytes) -> None:
+    for path in (TEXT, CHAT):
+        answer = await client.post(path, content=body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_it_is_healthy_has_a_model_and_explains_itself(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["echo"]
+    assert echo.__doc__ == (await client.get("/")).text
+
+
+async def test_with_a_key_in_the_environment_no_other_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_ECHO_KEY", "secret")
+    async with serving() as address, httpx.AsyncClient(base_url=address) as client:
+        for headers in ({}, {"authorization": "Bearer other"}):
+            posted = await client.post(TEXT, json=text("to be"), headers=headers)
+            listed = await client.get("/v1/models", headers=headers)
+            assert [posted.status_code, listed.status_code] == [401, 401]
+            assert "secret" not in posted.text + listed.text
+        known = {"authorization": "Bearer secret"}
+        posted = await client.post(TEXT, json=text("to be"), headers=known)
+        listed = await client.get("/v1/models", headers=known)
+        assert [posted.status_code, listed.status_code] == [200, 200]
+
+
+# — the script
+
+
+def test_the_manual_knows_every_directive_and_no_other() -> None:
+    assert echo.__doc__ is not None
+    assert set(re.findall(r"^    #([a-z-]+)", echo.__doc__, re.MULTILINE)) == echo.DIRECTIVES
+
+
+def test_the_examples_of_the_manual_are_scripts() -> None:
+    assert echo.__doc__ is not None
+    examples = re.findall(r"^    (#\S+)", echo.__doc__, re.MULTILINE)
+    assert len(echo.DIRECTIVES) == len(examples)
+    assert echo.read_script(examples) != echo.Script()
+
+
+def test_the_header_wins_over_the_prompt() -> None:
+    expected = echo.Script(tokens=2, delay=0.5, garbage=True)
+    assert expected == echo.read_script(["say #tokens=9 #delay=0.5"], " tokens=2;garbage; ")
+
+
+@pytest.mark.parametrize(
+    "header", ["delay=soon", "delay=-1", "delay=inf", "status=200", "usage=some", "split=0", "cat=1"]
+)
+async def test_what_is_no_directive_in_the_header_is_refused(client: httpx.AsyncClient, header: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        echo.read_script([], header)
+    assert (await ask(client, text("to be"), header)).status_code == 400
+
+
+async def test_words_that_only_look_like_directives_are_words(client: httpx.AsyncClient) -> None:
+    answer = (await ask(client, text("# #hash a#cut=0", max_tokens=3))).json()
+    assert answer["choices"][0]["text"] == "# #hash a#cut=0"
+
+
+async def test_directives_count_as_prompt_but_are_not_repeated(client: httpx.AsyncClient) -> None:
+    answer = (await ask(client, text("to be #tokens=3"))).json()
+    assert answer["choices"][0]["text"] == "to be to"
+    assert usage(3, 3) == answer["usage"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(None, (20, "stop")), (30, (20, "stop")), (20, (20, "length")), (5, (5, "length")), (0, (0, "length"))],
+)
+async def test_tokens_says_how_many_within_max_tokens(
+    client: httpx.AsyncClient, limit: int | None, expected: tuple[int, str]
+) -> None:
+    (choice,) = (await ask(client, text("a #tokens=20", max_tokens=limit))).json()["choices"]
+    assert expected == (len(choice["text"].split()), choice["finish_reason"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_delay_holds_back_the_first_byte(client: httpx.AsyncClient, stream: bool) -> None:
+    answer = await ask(client, text("to be", stream=stream), "delay=0.05")
+    assert float(answer.headers["fireworks-server-time-to-first-token"]) >= 0.05
+
+
+async def test_pace_stands_between_the_tokens(client: httpx.AsyncClient) -> None:
+    for stream in (False, True):
+        began = time.perf_counter()
+        await ask(client, text("to be", stream=stream), "pace=0.02; tokens=4")
+        assert time.perf_counter() - began >= 3 * 0.02
+
+
+async def test_status_answers_with_an_error_that_costs_nothing(client: httpx.AsyncClient) -> None:
+    for body in (text("a #status=503 #retry-after=2", stream=True), chat(("user", "a #status=503 #retry-after=2"))):
+        await client.delete(LEDGER)
+        answer = await ask(client, body)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert {"object", "type", "code", "param", "message"} == set(answer.json()["error"])
+        row = await entry(client)
+        assert tuple(
+            row[k] for k in ("code", "status", "prompt_tokens", "completion_tokens")
+        ) == (503, "complete", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("none", ["absent"] * 3),
+        ("finish", ["absent", "absent", 2]),
+        ("extra", [None, None, None, 2]),
+        ("every", [1, 2, 2]),
+    ],
+)
+async def test_usage_is_reported_where_it_is_told(
+    client: httpx.AsyncClient, where: str, expected: list[object]
+) -> None:
+    events = await told(client, text("to be", max_tokens=2), f"usage={where}")
+    found = [event.get("usage", "absent") for event in events]
+    assert expected == [u["completion_tokens"] if isinstance(u, dict) else u for u in found]
+    whole = (await ask(client, text("to be", max_tokens=2), f"usage={where}")).json()
+    assert (where != "none") == ("usage" in whole)
+
+
+async def test_cached_says_what_came_from_a_cache(client: httpx.AsyncClient) -> None:
+    assert usage(4, 16, cached=3) == (await ask(client, text("to be or #cached=3"))).json()["usage"]
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 4])
+async def test_cut_drops_a_stream_after_its_tokens(client: httpx.AsyncClient, tokens: int) -> None:
+    read = ""
+    with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012
+        async with client.stream("POST", TEXT, json=text(f"a #cut={tokens}", stream=True, max_tokens=4)) as answer:
+            async for piece in answer.aiter_text():
+                read += piece
+    assert tokens == read.count("data: ")
+    row = await entry(client)
+    assert ("aborted", tokens) == (row["status"], row["completion_tokens"])
+
+
+async def test_cut_drops_an_answer_half_way_and_one_beyond_the_end_drops_nothing(client: httpx.AsyncClient) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        await ask(client, text("a #cut=5"))
+    row = await entry(client)
+    assert (row["status"], row["completion_tokens"]) == ("aborted", 5)
+    for stream in (False, True):
+        assert (await ask(client, text("a #cut=17", stream=stream))).is_success
+
+
+async def test_error_ends_a_stream_as_the_sdk_expects_it(client: httpx.AsyncClient, address: str) -> None:
+    events = await told(client, text("a #error=2"))
+    assert ["choices" if "choices" in event else "error" for event in events] == ["choices", "choices", "error"]
+    assert (await entry(client))["completion_tokens"] == 2
+    async with AsyncOpenAI(api_key="any", base_url=f"{address}/v1") as openai:
+        chunks = await openai.completions.create(model="any", prompt="a #error=2", stream=True)
+        with pytest.raises(APIError, match="the script ends here"):
+            [chunk async for chunk in chunks]
+
+
+async def test_garbage_is_no_json(client: httpx.AsyncClient) -> None:
+    stream = (await ask(client, text("a #garbage", max_tokens=1, stream=True))).text
+    assert stream.split("\n\n")[1] == "data: {no json"
+    assert stream.count("data: ") == 4
+    with pytest.raises(json.JSONDecodeError):
+        (await ask(client, text("a #garbage"))).json()
+
+
+async def test_split_writes_a_stream_in_small_pieces(client: httpx.AsyncClient, address: str) -> None:
+    host, port = address.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps(text("a", stream=True, max_tokens=2)).encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nhost: a\r\nx-echo: split=7\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    writer.write(head.encode() + body)
+    raw = await reader.read(-1)
+    writer.close()
+    await writer.wait_closed()
+    sizes = [int(size, 16) for size in re.findall(rb"(?:^|\r\n)([0-9a-f]+)\r\n", raw.partition(b"\r\n\r\n")[2])]
+    assert (max(sizes), sizes[-1]) == (7, 0)
+    assert (await entry(client))["completion_tokens"] == 2
+    assert words_of(await told(client, text("a", max_tokens=2), "split=7")) == "a a"
+
+
+# — the ledger
+
+
+async def test_the_ledger_tells_what_was_received_and_produced(client: httpx.AsyncClient) -> None:
+    body = b'{"model": "m",  "prompt":"to be", "max_tokens": 3}'
+    await client.post(TEXT, content=body, headers={"authorization": "Bearer any", "x-request-id": "r"})
+    row = await entry(client)
+    assert ["authorization", "Bearer any"] in row.pop("headers")
+    expected = {"id": "r", "path": TEXT, "model": "m", "body": body.decode(), "stream": False, "status": "complete"}
+    assert {**expected, "prompt_tokens": 2, "completion_tokens": 3, "code": 200} == row
+
+
+async def test_the_ledger_forgets_on_request(client: httpx.AsyncClient) -> None:
+    await ask(client, text("to be"))
+    assert len((await client.get(LEDGER)).json()) == 1
+    assert (await client.delete(LEDGER)).status_code == 204
+    assert (await client.get(LEDGER)).json() == []
+
+
+async def test_a_client_that_leaves_between_tokens_ends_the_production(client: httpx.AsyncClient) -> None:
+    body = text("a", stream=True)
+    async with client.stream("POST", TEXT, json=body, headers={"x-echo": f"pace={FOREVER}"}) as answer:
+        assert (await anext(answer.aiter_text()))[:7] == "data: {"
+        assert (await entry(client, "running"))["completion_tokens"] == 1
+    row = await entry(client)
+    assert (row["status"], row["completion_tokens"]) == ("aborted", 1)
+
+
+async def test_a_client_that_leaves_a_full_pipe_is_not_produced_for(client: httpx.AsyncClient) -> None:
+    tokens = 200_000  # far more than sockets hold: the backend stands in the middle of a write
+    async with client.stream("POST", TEXT, json=text("a", stream=True, max_tokens=tokens)) as answer:
+        await anext(answer.aiter_raw())
+    row = await entry(client)
+    assert row["status"] == "aborted"
+    assert 0 < row["completion_tokens"] < tokens
+
+
+@pytest.mark.parametrize("script", [f"delay={FOREVER}", f"pace={FOREVER}", f"delay={FOREVER}; status=503"])
+async def test_a_client_that_leaves_before_the_answer_was_told_nothing(client: httpx.AsyncClient, script: str) -> None:
+    leaving = asyncio.create_task(ask(client, text("a"), script))
+    await entry(client, "running")
+    leaving.cancel()
+    row = await entry(client)
+    assert (row["status"], row["completion_tokens"], row["code"]) == ("aborted", 0, None)
