@@ -4,7 +4,7 @@ The files stand on floors; a file imports only what stands before it in this lis
 
 floor 0, words:      errors, asgi
 floor 1, documents:  settings, policy
-floor 2, decisions:  identity, contract, normalize, usage, terms
+floor 2, decisions:  identity, contract, normalize, usage, terms, standings
 floor 3, resources:  store, keys, admission, wire, pools, ledger
 floor 4, exchange:   exchange, proxy
 floor 5, process:    telemetry, reload, echo, app, cli

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 from zoneinfo import ZoneInfo
 
 import msgspec
@@ -22,7 +22,7 @@ import structlog
 from gateway.errors import GatewayError, InternalError, StoreUnavailable
 from gateway.policy import Limit, windows_around
 from gateway.standings import Standing, refusal
-from gateway.store import Arg, Coalesced, Item, Script, Store
+from gateway.store import Arg, Coalesced, Item, Script, Store, StoreAway
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord
 
@@ -85,6 +85,7 @@ class Admission:
         self._renew = Script("renew")
         self._live: dict[str, Lease] = {}
         self._unsettled: dict[str, Item] = {}
+        self._late: set[str] = set()  # of these, whom the store did not answer: keep_up() sends them again
 
     def __repr__(self) -> str:
         return f"<Admission {len(self._live)} live, {len(self._unsettled)} not settled yet>"
@@ -101,13 +102,12 @@ class Admission:
     async def take(self, lease: Lease) -> tuple[Standing, ...]:
         """Take every limit of a lease, or none."""
         terms = lease.terms
-        keys = [_reservation(terms, lease.id)]
-        args: list[Arg] = [lease.id, len(terms.charges), _intent(lease)]
-        for charge in terms.charges:
-            keys.append(charge.key)
-            args += _KINDS[charge.limit.kind](charge)
+        keys = [_reservation(terms, lease.id), *(charge.key for charge in terms.charges)]
+        limits = [_KINDS[charge.limit.kind](charge) for charge in terms.charges]
         try:
-            verdict, binding, wait, *rows = await self._admit((keys, args))
+            verdict, binding, wait, *rows = await self._admit((keys, (lease.id, _intent(lease), limits)))
+        except StoreAway:
+            raise  # nothing was sent
         except (StoreUnavailable, asyncio.CancelledError):
             # It may have been taken all the same: give it up, whichever comes first.
             self._give_up(lease)
@@ -133,39 +133,40 @@ class Admission:
                 await asyncio.wait((answer,))
             except asyncio.CancelledError:  # the caller leaves; the settlement is still waited for, its time is bounded
                 cancelled = True
-        self._settled(lease.id, answer)
+        if not self._acknowledged(lease.id, answer):
+            _log.warning("settle_later", request_id=lease.id, reason=repr(answer.exception() or "the ledger's key"))
+        elif answer.result() == _ABSENT:  # the store has lost the reservation, and so the row is in the log only
+            _log.error("reservation_lost", request_id=lease.id)
         if cancelled:
             raise asyncio.CancelledError
 
-    def _settled(self, request_id: str, answer: asyncio.Future[Any]) -> None:
-        failure = answer.exception()
-        if failure is None:
-            self._unsettled.pop(request_id, None)
-        else:
-            _log.warning("settle_later", request_id=request_id, reason=type(failure).__name__)
-
     def _give_up(self, lease: Lease) -> None:
         corrections = [_correction(charge, _UNKNOWN_WINDOW, -charge.amount) for charge in lease.terms.charges]
-        item = _settle_item(lease, b"", "", (), corrections)
-        self._unsettled[lease.id] = item
-        if not self._store.away:
-            self._store.spawn(self._again(lease.id, item))
+        self._unsettled[lease.id] = _end(lease, "", "", (), corrections)
+        self._store.spawn(self._send_again(lease.id))
 
-    async def _again(self, request_id: str, item: Item) -> None:
-        try:
-            await self._settle(item)
-        except (StoreUnavailable, redis.exceptions.ResponseError):
-            return  # keep_up() comes back to it
-        self._unsettled.pop(request_id, None)
+    async def _send_again(self, request_id: str) -> None:
+        answer = self._settle(self._unsettled[request_id])
+        await asyncio.wait((answer,))
+        self._acknowledged(request_id, answer)
+
+    def _acknowledged(self, request_id: str, answer: asyncio.Future[int]) -> bool:
+        """Whether the store has done what it was told, or had before; if not, keep_up() tells it again."""
+        done = answer.exception() is None and answer.result() != _UNWRITTEN
+        if done:
+            self._unsettled.pop(request_id, None)
+        elif request_id in self._unsettled:
+            self._late.add(request_id)
+        return done
 
     async def keep_up(self) -> None:
         """Renew the seats of live requests, and send again what was not acknowledged, for ever."""
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(_SETTLE_AGAIN)
-            if self._unsettled and not self._store.away:
-                for request_id, item in list(self._unsettled.items())[:1000]:
-                    await self._again(request_id, item)
+            if self._late and not self._store.away:
+                late, self._late = self._late, set()
+                await asyncio.gather(*map(self._send_again, late))
             if time.monotonic() - renewed >= _RENEW_EVERY:
                 renewed = time.monotonic()
                 await self._renew_seats(renewed)
@@ -195,45 +196,47 @@ class Admission:
 
     async def finish(self) -> None:
         """Settle what is left, as far as the store lets; says how much it did not."""
-        for request_id, item in list(self._unsettled.items()):
-            await self._again(request_id, item)
+        await asyncio.gather(*map(self._send_again, list(self._unsettled)))
         if self._unsettled:
             _log.error("not_settled", requests=len(self._unsettled))
 
 
 # — the words of the scripts, see lua/
 
+Words = tuple[str | int, ...]
 
-def _rate(charge: Charge) -> tuple[Arg, ...]:
+
+def _rate(charge: Charge) -> Words:
     limit = charge.limit
     return ("r", charge.amount, limit.capacity, limit.amount, limit.period)
 
 
-def _quota(charge: Charge) -> tuple[Arg, ...]:
+def _quota(charge: Charge) -> Words:
     limit = charge.limit
     assert limit.zone is not None
     return ("q", charge.amount, limit.capacity, *_windows(limit.window, limit.zone))
 
 
-def _seats(charge: Charge) -> tuple[Arg, ...]:
+def _seats(charge: Charge) -> Words:
     return ("s", charge.amount, charge.limit.capacity)
 
 
-_KINDS: Mapping[str, Callable[[Charge], tuple[Arg, ...]]] = {"rate": _rate, "quota": _quota, "seats": _seats}
+_KINDS: Mapping[str, Callable[[Charge], Words]] = {"rate": _rate, "quota": _quota, "seats": _seats}
 
 _ADMITTED, _REPEATED, _GIVEN_UP, _FOREIGN = 1, 2, 3, 4
+_ABSENT, _UNWRITTEN = 0, -1
 _UNKNOWN_WINDOW = 0  # of an admission that was never answered
 
-_calendar: dict[tuple[str, str], tuple[float, tuple[int, ...]]] = {}
+_calendar: dict[tuple[str, str], tuple[int, ...]] = {}
 
 
 def _windows(window: str, zone: ZoneInfo) -> tuple[int, ...]:
     """Four window starts around now, seconds since 1970; computed anew when the window is over."""
     now = time.time()
-    ends, starts = _calendar.get((window, zone.key), (0.0, ()))
-    if now >= ends:
+    starts = _calendar.get((window, zone.key))
+    if starts is None or not starts[1] <= now < starts[2]:
         starts = tuple(int(at.timestamp()) for at in windows_around(window, zone, datetime.fromtimestamp(now, UTC)))
-        _calendar[window, zone.key] = (starts[2], starts)
+        _calendar[window, zone.key] = starts
     return starts
 
 
@@ -241,16 +244,15 @@ def _reservation(terms: Terms, request_id: str) -> str:
     return f"{{{terms.organisation}}}:request:{request_id}"
 
 
-def _intent(lease: Lease) -> bytes:
+def _intent(lease: Lease) -> str:
     """What is known of a request before it is sent: enough to settle it without its worker."""
     terms = lease.terms
     charges = [[charge.key, charge.limit.kind, charge.limit.count, charge.amount] for charge in terms.charges]
-    return msgspec.json.encode(
-        {"team": terms.team, "key": terms.key_id, "user": terms.user, "pool": terms.pool, "charges": charges}
-    )
+    intent = {"team": terms.team, "key": terms.key_id, "user": terms.user, "pool": terms.pool, "charges": charges}
+    return msgspec.json.encode(intent).decode()
 
 
-def _correction(charge: Charge, window: int, difference: int) -> tuple[str, tuple[Arg, ...]]:
+def _correction(charge: Charge, window: int, difference: int) -> tuple[str, Words]:
     match charge.limit.kind:
         case "rate":
             return charge.key, ("r", difference, charge.limit.amount, charge.limit.period)
@@ -260,14 +262,10 @@ def _correction(charge: Charge, window: int, difference: int) -> tuple[str, tupl
             return charge.key, ("s",)
 
 
-def _counters(record: UsageRecord) -> tuple[tuple[str, int], ...]:
-    return (
-        ("requests", 0 if record.source == "none" else 1),
-        ("input_tokens", record.input_tokens),
-        ("cached_tokens", record.cached_tokens),
-        ("output_tokens", record.output_tokens),
-        ("cost_microusd", record.cost_microusd),
-    )
+def _counters(record: UsageRecord) -> Words:
+    """What the hourly sums grow by, in the order of settle.lua."""
+    answered = 0 if record.source == "none" else 1
+    return (answered, record.input_tokens, record.cached_tokens, record.output_tokens, record.cost_microusd)
 
 
 def _settlement(lease: Lease) -> Item:
@@ -279,27 +277,13 @@ def _settlement(lease: Lease) -> Item:
         difference = lease.request.used(charge.limit) - charge.amount
         if difference:
             corrections.append(_correction(charge, standing.window, difference))
-    return _settle_item(lease, msgspec.json.encode(record), sums_field(record), _counters(record), corrections)
+    return _end(lease, msgspec.json.encode(record).decode(), sums_field(record), _counters(record), corrections)
 
 
-def _settle_item(
-    lease: Lease,
-    row: bytes,
-    field: str,
-    counters: tuple[tuple[str, int], ...],
-    corrections: list[tuple[str, tuple[Arg, ...]]],
-) -> Item:
+def _end(lease: Lease, row: str, field: str, counters: Words, corrections: list[tuple[str, Words]]) -> Item:
     keys = [_reservation(lease.terms, lease.id), ledger_stream(lease.terms.organisation)]
-    args: list[Arg] = [lease.id, row, field]
-    counted = [(name, by) for name, by in counters if by]
-    args.append(len(counted))
-    for name, by in counted:
-        args += (name, by)
-    args.append(len(corrections))
-    for key, words in corrections:
-        keys.append(key)
-        args += words
-    return keys, args
+    keys += [key for key, _ in corrections]
+    return keys, (lease.id, row, field, counters, [words for _, words in corrections])
 
 
 def ledger_stream(organisation: str) -> str:

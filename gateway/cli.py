@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -53,7 +54,7 @@ app.add_typer(keys_app, name="keys")
 PoliciesOption = Annotated[Path | None, typer.Option("--policies", metavar="DIR", help="policy documents [policies]")]
 StateOption = Annotated[Path | None, typer.Option("--state", metavar="DIR", help="state folder [.gateway]")]
 HostOption = Annotated[str | None, typer.Option("--host", help="address to listen on [127.0.0.1]")]
-PortOption = Annotated[int | None, typer.Option("--port", help="port to listen on [8080]")]
+PortOption = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="port to listen on [8080]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for programs")]
 
 
@@ -92,7 +93,7 @@ def demo(
 @app.command()
 def echo(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = _DEMO_PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = _DEMO_PORT,
 ) -> None:
     """A scripted model backend: says the prompt's own words, and misbehaves when asked to (see gateway/echo.py)."""
     import uvicorn
@@ -132,6 +133,7 @@ async def _serving(settings: Settings, url: str, started: Callable[[Settings, Ga
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             date_header=False,  # the backend's own Date passes; answers of ours bring one
             timeout_graceful_shutdown=int(settings.drain),
         )
@@ -153,7 +155,9 @@ async def _serving(settings: Settings, url: str, started: Callable[[Settings, Ga
             task.add_done_callback(reloads.discard)
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
-        await Server(config).serve([_listen(settings.host, settings.port)])
+        listener = _listen(settings.host, settings.port)
+        settings = replace(settings, port=listener.getsockname()[1])
+        await Server(config).serve([listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -172,7 +176,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """uvicorn drains on SIGTERM and SIGINT, then raises them again for whoever was there before: for us, that is all."""
+    """uvicorn drains on SIGTERM and SIGINT, then raises them again for whoever was there before: for us, nothing."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -210,7 +214,7 @@ async def _welcome(settings: Settings, gateway: Gateway) -> None:
         if key
         else "  key       the one from the first start, or: gateway keys create --team " + str(team),
         "",
-        f"  curl {base}/v1/completions -H 'Authorization: Bearer {shown}' \\",
+        f'  curl {base}/v1/completions -H "Authorization: Bearer {shown}" \\',
         "       -H 'Content-Type: application/json' \\",
         f'       -d \'{{"model": "{model}", "prompt": "The sky is", "max_tokens": 16}}\'',
         "",
@@ -232,10 +236,8 @@ def check(
         for mistake in error.mistakes:
             typer.echo(mistake, err=True)
         raise typer.Exit(WRONG) from None
-    typer.echo(
-        f"{directory}: revision {snapshot.revision}: {len(snapshot.public_models)} models, {len(snapshot.pools)} pools, "
-        f"{len(snapshot.teams)} teams, no mistakes"
-    )
+    held = f"{len(snapshot.public_models)} models, {len(snapshot.pools)} pools, {len(snapshot.teams)} teams"
+    typer.echo(f"{directory}: revision {snapshot.revision}: {held}, no mistakes")
 
 
 # — keys
@@ -418,14 +420,18 @@ _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 def _moment(text: str, *, future: bool) -> float:
     """A time: so long from now (or ago), or a date; seconds since 1970."""
-    match = re.fullmatch(r"(\d+)([mhdw])", text)
+    now = time.time()
+    match = re.fullmatch(r"([0-9]{1,5})([mhdw])", text)
     if match:
         distance = int(match[1]) * _UNITS[match[2]]
-        return time.time() + (distance if future else -distance)
+        return now + (distance if future else -distance)
     try:
-        return datetime.fromisoformat(text).astimezone().timestamp()
-    except ValueError:
-        _fail(f'"{text}" is no time, expected for example 30d, 12h or 2026-11-01', USAGE)
+        at = datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError, OSError):
+        _fail(f'"{text}" is no time, expected for example 30d, 12h or 2027-01-31', USAGE)
+    if future and at <= now:
+        _fail(f'"{text}" is past, expected a time to come', USAGE)
+    return at
 
 
 def _cell(value: object) -> str:

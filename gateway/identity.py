@@ -10,9 +10,10 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 from hashlib import blake2b
 from zlib import crc32
+
+import msgspec
 
 from gateway.errors import Unauthenticated
 
@@ -25,8 +26,7 @@ REFUSED = "the API key is not valid: it is unknown, malformed, expired or revoke
 MISSING = "no API key: send one as 'Authorization: Bearer gw_…' or 'x-api-key: gw_…'"
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(msgspec.Struct, frozen=True):
     """Who calls. Holding one means: authenticated. `models` are patterns, () stands for all that the team may use."""
 
     key_id: str

@@ -66,6 +66,13 @@ class KeyRecord(msgspec.Struct, frozen=True):
 _decode = msgspec.json.Decoder(KeyRecord).decode
 
 
+def _read(text: bytes) -> KeyRecord:
+    try:
+        return _decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as broken:
+        raise StoreError(f"a record of {_RECORDS} is no key record: {broken}") from broken
+
+
 class KeyRing:
     """All keys of a store. `pepper` is the secret that keys are hashed with."""
 
@@ -99,10 +106,10 @@ class KeyRing:
         await self._check_pepper()
         latest = await self._store.call(lambda: self._store.client.xrevrange(_CHANGES, count=1))
         self._last = latest[0][0] if latest else b"0-0"
-        records = await self._store.call(lambda: self._store.client.hvals(_RECORDS))
+        records = [_read(text) for text in await self._store.call(lambda: self._store.client.hvals(_RECORDS))]
         self._records, self._principals = {}, {}
         for record in records:
-            self._take(_decode(record))
+            self._take(record)
         self.loaded = True
 
     async def follow(self) -> None:
@@ -114,8 +121,8 @@ class KeyRing:
                 news = await self._store.patient.xread({_CHANGES: self._last}, count=1000, block=_NEWS_MS)
                 for entry, fields in news.get(_CHANGES.encode(), ()):
                     self._last = entry
-                    self._take(_decode(fields[b"record"]))
-            except (*Failures, StoreUnavailable):
+                    self._take(_read(fields[b"record"]))
+            except (*Failures, StoreUnavailable, StoreError):
                 self.loaded = False
                 await asyncio.sleep(_RETRY_SECONDS)
 
@@ -124,6 +131,9 @@ class KeyRing:
         return sorted(self._records.values(), key=lambda record: record.created)
 
     def _take(self, record: KeyRecord) -> None:
+        held = self._records.get(record.id)
+        if held is not None and held.revoked is not None:
+            return  # for ever: news of it may come before the end of the call that made it
         self._records[record.id] = record
         if record.revoked is not None:
             self._principals.pop(record.id, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -29,14 +30,17 @@ class Sum:
 
 
 async def sums(store: Store, by: Sequence[Dimension], since: float = 0.0) -> list[Sum]:
-    """What was used since the hour of `since` (seconds since 1970), grouped by `by`, the most expensive first."""
+    """What was used since the hour of `since` (seconds since 1970), grouped by `by`, the most expensive first.
+
+    Raises StoreUnavailable.
+    """
     groups: dict[tuple[str, ...], Sum] = {}
     first = int(since // 3600)
-    async for key in store.client.scan_iter(match="{*}:usage:*", count=1000):
+    for key in await store.call(lambda: _keys(store, "{*}:usage:*")):
         organisation, hour = _sums_key(key)
         if hour < first:
             continue
-        for name, value in (await store.client.hgetall(key)).items():
+        for name, value in (await store.call(partial(store.client.hgetall, key))).items():
             text, _, counter = name.decode().rpartition(":")
             values = dict(zip(DIMENSIONS, (organisation, *msgspec.json.decode(text)), strict=True))
             group = tuple(values[dimension] for dimension in by)
@@ -45,9 +49,13 @@ async def sums(store: Store, by: Sequence[Dimension], since: float = 0.0) -> lis
 
 
 async def rows(store: Store, organisation: str) -> AsyncIterator[tuple[int, UsageRecord]]:
-    """Every row of an organisation's ledger with its time in milliseconds since 1970, oldest first."""
+    """Every row of an organisation's ledger with its time in milliseconds since 1970, oldest first.
+
+    Raises StoreUnavailable.
+    """
     after = b"-"
-    while entries := await store.client.xrange(f"{{{organisation}}}:usage", min=after, count=1000):
+    some = partial(store.client.xrange, f"{{{organisation}}}:usage", count=1000)
+    while entries := await store.call(partial(some, min=after)):
         for entry, fields in entries:
             yield int(entry.partition(b"-")[0]), _decode(fields[b"row"])
         after = b"(" + entries[-1][0]
@@ -62,6 +70,11 @@ def fold(records: Iterable[UsageRecord]) -> dict[tuple[str, ...], dict[str, int]
         for counter in COUNTERS[1:]:
             total[counter] += getattr(r, counter)
     return dict(totals)
+
+
+async def _keys(store: Store, pattern: str) -> list[bytes]:
+    """The keys that match, each once: a scan may say one twice."""
+    return list(dict.fromkeys([key async for key in store.client.scan_iter(match=pattern, count=1000)]))
 
 
 _decode = msgspec.json.Decoder(UsageRecord).decode

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import get_args
 
+import msgspec
 from msgspec.json import encode
 
 from gateway import contract
@@ -23,8 +23,7 @@ from gateway.policy import Effort, Family, Model, Snapshot
 MAX_BOUND = 10**12
 
 
-@dataclass(frozen=True, slots=True)
-class InferenceRequest:
+class InferenceRequest(msgspec.Struct, frozen=True):
     """A request that the backends of its model can be asked."""
 
     endpoint: str  # "completions" or "chat/completions"
@@ -172,18 +171,20 @@ def _spliced(body: bytes, members: Members, edits: Mapping[str, Edit]) -> bytes:
         return body
     view = memoryview(body)
     pieces: list[bytes | memoryview] = []
-    end = 0
+    end, left = 0, len(edits)
     for name, raw in members:
+        if pieces and not left:
+            break  # the rest stays as it is
         key = _NAME.match(body, end)
         assert key is not None, "each value has a name before it in a body that was read"
-        value, end = key.end(), key.end() + len(raw)
-        edit = edits.get(name, (name, None))
-        if edit is None:
+        start, value = key.span(1)
+        end = value + len(raw)
+        comma = b"," if pieces else b"{"
+        if name not in edits:
+            pieces += (comma, view[start:end])
             continue
-        new_name, new_value = edit
-        pieces += (
-            b"," if pieces else b"{",
-            key[1] if new_name == name else encode(new_name) + b":",
-            view[value:end] if new_value is None else new_value,
-        )
+        left -= 1
+        if (edit := edits[name]) is not None:
+            new_name, new_value = edit
+            pieces += (comma, encode(new_name), b":", new_value or view[value:end])
     return b"".join((*pieces, view[end:]))

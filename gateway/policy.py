@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import yaml
+import yaml.constructor
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -37,7 +41,9 @@ class PolicyError(Exception):
     """Documents that cannot be taken. `mistakes` is one line each: `file:line path: found, expected`."""
 
     def __init__(self, mistakes: Iterable[str]) -> None:
-        self.mistakes = tuple(mistakes)
+        self.mistakes = tuple(
+            "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in m) for m in mistakes
+        )
         super().__init__("\n".join(self.mistakes))
 
 
@@ -49,9 +55,13 @@ _PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _WINDOWS = ("hour", "day", "week", "month")
 
 
+# What the store counts is exact up to 2**53; amounts are far below, in micro-dollars too.
+_MOST, _MOST_USD = 10**12, 10**9
+
+
 def _measure(units: Mapping[str, float], example: str, found: object) -> float:
     """A measure such as `120s` or `32MiB`, in the base unit."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", found) if isinstance(found, str) else None
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]+)", found) if isinstance(found, str) else None
     if match is None or match[2] not in units:
         raise ValueError(
             f"{_show(found)} is no measure, expected a number with one of {_list(units)}, such as {example}"
@@ -66,19 +76,34 @@ class Per:
     amount: int
     period: str
 
+    def __str__(self) -> str:
+        return f"{self.amount}/{self.period}"
+
 
 def _per(periods: Iterable[str], example: str, found: object) -> Per:
-    match = re.fullmatch(r"(\d[\d_]*)\s*/\s*([a-z]+)", found) if isinstance(found, str) else None
+    match = re.fullmatch(r"([0-9][0-9_]*)\s*/\s*([a-z]+)", found) if isinstance(found, str) else None
     if match is None or match[2] not in periods:
         raise ValueError(f"{_show(found)} has no unit, expected an amount per {_list(periods)}, such as {example}")
-    amount = int(match[1].replace("_", ""))
-    if not 1 <= amount <= 10**12:
-        raise ValueError(f"{_show(found)} is out of range, expected an amount from 1 to 1000000000000")
-    return Per(amount, match[2])
+    digits = match[1].replace("_", "")
+    if len(digits) > 15 or not 1 <= int(digits) <= _MOST:
+        raise ValueError(f"{_show(found)} is out of range, expected an amount from 1 to {_MOST}")
+    return Per(int(digits), match[2])
 
 
 def _show(found: object) -> str:
-    return f'"{found}"' if isinstance(found, str | int | float) else f"{type(found).__name__}"
+    """A value as the document has it, and not much of it."""
+    match found:
+        case None:
+            return "nothing"
+        case bool():
+            return str(found).lower()
+        case str():
+            return f'"{found if len(found) <= 80 else found[:79] + "…"}"'
+        case int():
+            return str(found) if abs(found) < 10**30 else "a number of more than 30 digits"
+        case dict():
+            return "a mapping"
+    return str(found).removesuffix(".0") if isinstance(found, float) else f"a {type(found).__name__}"
 
 
 def _list(words: Iterable[object]) -> str:
@@ -89,37 +114,75 @@ def _zone(found: str) -> str:
     try:
         ZoneInfo(found)
     except (ValueError, OSError, KeyError):
-        raise ValueError(f'"{found}" is no time zone, expected a name such as Europe/Zurich') from None
+        raise ValueError(f"{_show(found)} is no time zone, expected a name such as Europe/Zurich") from None
     return found
 
 
-def _text(pattern: str, description: str) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": pattern, "description": description})
+def _matching(pattern: str, what: str, found: str) -> str:
+    if re.fullmatch(pattern, found) is None:
+        raise ValueError(f"{_show(found)} is {what}")
+    return found
 
+
+def _address(found: str) -> str:
+    """An address that the wire can go to: what looks like an IP address is one, and a port is below 65536."""
+    try:
+        parts = urlsplit(found)
+        host = parts.hostname or ""
+        named = re.fullmatch(r"(?=.*[A-Za-z_-])[A-Za-z0-9._-]+", host) is not None
+        right = (named or ip_address(host)) and parts.port != 0 and re.fullmatch(_URL, found)
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"{_show(found)} is no address, expected one such as http://10.0.0.7:8000, without /v1")
+    return found
+
+
+def _form(pattern: str, *examples: str) -> WithJsonSchema:
+    """What an editor is told of a text."""
+    return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$", **({"examples": examples} if examples else {})})
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_MODEL = r"[^\s|{}]{1,200}"
+_URL = r"https?://[^/?#@\s]+(/[^?#\s]*)?"
+_NUMBER = r"[0-9]{1,15}(\.[0-9]{1,15})?\s*"
+_AMOUNT = r"[0-9][0-9_]*\s*/\s*"
 
 Seconds = Annotated[
     float,
     BeforeValidator(partial(_measure, _DURATIONS, "120s")),
-    _text(r"^\d+(\.\d+)?(ms|s|m|h|d)$", "120s, 500ms, 1h"),
+    _form(f"{_NUMBER}({'|'.join(_DURATIONS)})", "120s", "500ms", "1h"),
 ]
 Bytes = Annotated[
     int,
     BeforeValidator(lambda found: int(_measure(_SIZES, "32MiB", found))),
-    _text(r"^\d+(\.\d+)?(B|KiB|MiB|GiB)$", "32MiB"),
+    _form(f"{_NUMBER}({'|'.join(_SIZES)})", "32MiB"),
 ]
 Rate = Annotated[
     Per,
     BeforeValidator(partial(_per, _PERIODS, "600/minute")),
-    _text(r"^\d[\d_]*/(second|minute|hour|day)$", "600/minute"),
+    _form(f"{_AMOUNT}({'|'.join(_PERIODS)})", "600/minute"),
 ]
 Quota = Annotated[
     Per,
     BeforeValidator(partial(_per, _WINDOWS, "50000000/month")),
-    _text(r"^\d[\d_]*/(hour|day|week|month)$", "50000000/month"),
+    _form(f"{_AMOUNT}({'|'.join(_WINDOWS)})", "50000000/month"),
 ]
-Zone = Annotated[str, AfterValidator(_zone)]
+Zone = Annotated[str, AfterValidator(_zone), WithJsonSchema({"type": "string", "examples": ["UTC", "Europe/Zurich"]})]
 # Names become parts of Valkey keys and of log lines: no separator, no brace, no blank.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Name = Annotated[
+    str,
+    AfterValidator(partial(_matching, _NAME, "no name, expected letters, digits, dot, dash or underscore, at most 64")),
+    _form(_NAME),
+]
+ModelName = Annotated[
+    str,
+    AfterValidator(partial(_matching, _MODEL, "no model's name, expected at most 200 characters, no blank, no | { }")),
+    _form(_MODEL),
+]
+Url = Annotated[str, AfterValidator(_address), _form(_URL, "http://10.0.0.7:8000")]
+Dollars = Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)]
 
 Count = Literal["requests", "input_tokens", "output_tokens", "total_tokens", "usd", "concurrent_requests"]
 Scope = Literal["organisation", "team", "key", "user", "model"]
@@ -153,27 +216,29 @@ class GatewayPolicy(_Document):
 class Price(_Document):
     """US dollars per million tokens."""
 
-    input: float = Field(0.0, ge=0)
-    cached_input: float | None = Field(None, ge=0, description="left out: as input")
-    output: float = Field(0.0, ge=0)
+    input: Dollars = Field(0.0, description="of the prompt")
+    cached_input: Dollars | None = Field(None, description="of what a backend had of it already; left out: as input")
+    output: Dollars = Field(0.0, description="of the answer")
 
 
 class ModelPolicy(_Document):
     """One public model name."""
 
-    aliases: tuple[str, ...] = Field((), strict=False, description="other names that callers may use")
+    aliases: tuple[ModelName, ...] = Field((), strict=False, description="other names that callers may use")
     family: str | None = Field(None, description="rules of reasoning_effort and reasoning_history, see families.yaml")
     pool: str = Field(description="where requests for it go, see pools.yaml")
     upstream_model: str | None = Field(None, description="the name the backend knows it by; left out: the same")
     max_output_tokens: int = Field(8192, ge=1, le=10**7, description="the bound where a request names none")
-    price: Price = Price()
+    price: Price = Field(Price(), description="what usage costs, for limits in usd and for the ledger")
 
 
 class FamilyPolicy(_Document):
     """What a model family accepts; a rule left out lets everything pass."""
 
-    reasoning_effort: tuple[Effort, ...] | None = Field(None, strict=False)
-    reasoning_history: tuple[History, ...] | None = Field(None, strict=False)
+    reasoning_effort: tuple[Effort, ...] | None = Field(
+        None, strict=False, description="the words that it takes; integer: a cap in tokens; boolean: true and false"
+    )
+    reasoning_history: tuple[History, ...] | None = Field(None, strict=False, description="the words that it takes")
 
 
 class Timeouts(_Document):
@@ -188,7 +253,7 @@ class Timeouts(_Document):
 class UpstreamPolicy(_Document):
     """One backend."""
 
-    url: str = Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$", description="its base, without /v1")
+    url: Url = Field(description="its base, without /v1")
     key_env: str | None = Field(None, description="the environment variable that holds the credential it asks for")
     max_in_flight: int = Field(256, ge=1, description="requests at once")
 
@@ -199,20 +264,20 @@ class PoolPolicy(_Document):
     api: Literal["fireworks", "openai"] = Field(
         "fireworks", description="what these backends understand; it decides which aliases are rewritten"
     )
-    timeouts: Timeouts = Timeouts.model_construct()
-    upstreams: tuple[UpstreamPolicy, ...] = Field(strict=False, min_length=1)
+    timeouts: Timeouts = Field(Timeouts.model_construct(), description="how long an upstream may take")
+    upstreams: tuple[UpstreamPolicy, ...] = Field(strict=False, min_length=1, description="the backends")
 
 
 class LimitPolicy(_Document):
     """One limit: a `rate` (with its `burst`), a calendar `quota`, or seats (`at_most`)."""
 
-    name: Name
+    name: Name = Field(description="what callers are told when it binds; counts go by it")
     count: Count = Field(description="what is counted")
     rate: Rate | None = Field(None, description="so much per second, minute, hour or day, refilled steadily")
-    burst: int | None = Field(None, ge=1, description="how much of it may come at once; left out: all of it")
+    burst: int | None = Field(None, ge=1, le=_MOST, description="how much of it may come at once; left out: all of it")
     quota: Quota | None = Field(None, description="so much per calendar hour, day, week or month")
     time_zone: Zone | None = Field(None, description="of a quota's calendar; left out: the gateway's")
-    at_most: int | None = Field(None, ge=1, description="so many at the same time")
+    at_most: int | None = Field(None, ge=1, le=_MOST, description="so many at the same time")
     per: tuple[Scope, ...] = Field(
         strict=False, min_length=1, description="each combination of these has its own count"
     )
@@ -227,33 +292,37 @@ class LimitPolicy(_Document):
                 f"counts {self.count} with {kinds[0]}, expected at_most for concurrent_requests and only there"
             )
         if self.burst is not None and self.rate is None:
-            raise ValueError("has a burst without a rate")
+            raise ValueError("has a burst without a rate, expected one with rate only")
+        if self.time_zone is not None and self.quota is None:
+            raise ValueError("has a time_zone without a quota, expected one with quota only")
+        if self.count == "usd" and max(p.amount for p in (self.rate, self.quota) if p is not None) > _MOST_USD:
+            raise ValueError(f"counts more than {_MOST_USD} dollars, expected at most so many")
         return self
 
 
 class PlanPolicy(_Document):
     """Limits that hold together."""
 
-    limits: tuple[LimitPolicy, ...] = Field((), strict=False)
+    limits: tuple[LimitPolicy, ...] = Field((), strict=False, description="a request takes all of them or none")
 
 
 class TeamPolicy(_Document):
     """A team: who pays, and what it may do."""
 
-    organisation: Name
-    plan: str
+    organisation: Name = Field(description="who pays; its counts live on one slot of a cluster")
+    plan: str = Field(description="its limits, see plans.yaml")
     models: tuple[str, ...] = Field(("*",), strict=False, description="patterns of the models that it may use")
 
 
 class Documents(_Document):
     """All sections of a policy directory."""
 
-    gateway: GatewayPolicy = GatewayPolicy.model_construct()
-    models: dict[str, ModelPolicy] = {}
-    families: dict[Name, FamilyPolicy] = {}
-    pools: dict[Name, PoolPolicy] = {}
-    plans: dict[Name, PlanPolicy] = {}
-    teams: dict[Name, TeamPolicy] = {}
+    gateway: GatewayPolicy = Field(GatewayPolicy.model_construct(), description="what holds for every request")
+    models: dict[ModelName, ModelPolicy] = Field({}, description="the public model names")
+    families: dict[Name, FamilyPolicy] = Field({}, description="what each model family accepts")
+    pools: dict[Name, PoolPolicy] = Field({}, description="where requests go")
+    plans: dict[Name, PlanPolicy] = Field({}, description="limits, by plan")
+    teams: dict[Name, TeamPolicy] = Field({}, description="who calls")
 
 
 # — what decisions read
@@ -300,9 +369,11 @@ def windows_around(window: str, zone: ZoneInfo, at: datetime) -> tuple[datetime,
 
     Three windows, because the store's clock decides, and it may be on the other side of a boundary.
     """
-    start = _floor(window, at.astimezone(zone).replace(tzinfo=None))
-    starts = (_step(window, start, -1), start, _step(window, start, 1), _step(window, start, 2))
-    before, own, after, last = (naive.replace(tzinfo=zone).astimezone(UTC) for naive in starts)
+    start = _floor(window, at.astimezone(zone).replace(tzinfo=None, fold=0))
+    # A local hour that comes twice is one window; a start that clocks leap over falls together with the next one.
+    starts = sorted({_step(window, start, by).replace(tzinfo=zone).astimezone(UTC) for by in range(-2, 5)})
+    place = bisect_right(starts, at)
+    before, own, after, last = starts[place - 2 : place + 2]
     return before, own, after, last
 
 
@@ -396,7 +467,9 @@ def load(directory: Path) -> Snapshot:
         documents = Documents.model_validate(source.data)
     except ValidationError as found:
         raise PolicyError(
-            source.mistake(error["loc"], _explain(error)) for error in found.errors(include_url=False)
+            source.mistake(_path(error["loc"]), _explain(error))
+            for error in found.errors(include_url=False)
+            if not (error["type"] == "too_short" and error["input"])  # what it held was told already
         ) from None
     mistakes = [source.mistake(path, text) for path, text in _dangling(documents)]
     if mistakes:
@@ -404,24 +477,81 @@ def load(directory: Path) -> Snapshot:
     return _compile(documents, source.revision)
 
 
+# pydantic's findings in our words, by its name for them: what was found, what was expected.
+_FINDINGS: Mapping[str, str] = {
+    "extra_forbidden": "is unknown, expected one of {known}",
+    "missing": "is missing",
+    "value_error": "{error}",
+    "literal_error": "{found} is unknown, expected one of {expected}",
+    "string_type": "{kind}, expected a string",
+    "string_unicode": "{kind}, expected a string of Unicode characters",
+    "int_type": "{kind}, expected a whole number",
+    "int_from_float": "{kind}, expected a whole number",
+    "float_type": "{kind}, expected a number",
+    "finite_number": "{kind}, expected a finite one",
+    "tuple_type": "{kind}, expected a list",
+    "dict_type": "{kind}, expected names, each with its members",
+    "model_type": "{kind}, expected members: {known}",
+    "too_short": "holds nothing, expected at least {min_length} item",
+    "greater_than": "{found} is too small, expected more than {gt}",
+    "greater_than_equal": "{found} is too small, expected at least {ge}",
+    "less_than_equal": "{found} is too large, expected at most {le}",
+}
+
+
 def _explain(error: Any) -> str:
-    """pydantic's finding in our words: what was found, what was expected."""
-    found = _show(error["input"])
-    match error["type"]:
-        case "extra_forbidden":
-            return "is unknown"
-        case "missing":
-            return "is missing"
-        case "value_error":
-            return str(error["ctx"]["error"])
-        case "literal_error":
-            return f"{found} is unknown, expected one of {error['ctx']['expected']}"
-        case _:
-            return f"{found}: {error['msg']}"
+    found, context = error["input"], error.get("ctx", {})
+    path = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
+    words = {name: str(value).removesuffix(".0").replace("'", "") for name, value in context.items() if name != "error"}
+    words["expected"] = words.get("expected", "").replace(" or ", ", ")
+    words["error"] = str(context.get("error", ""))
+    template = _FINDINGS.get(error["type"], "{found}: {msg}")
+    return template.format(**words, found=_show(found), kind=_kind(found), known=_list(_known(path)), msg=error["msg"])
+
+
+def _kind(found: object) -> str:
+    """What sort of value stands where another is expected."""
+    match found:
+        case None:
+            return "is empty"
+        case bool():
+            return f"{_show(found)} is a boolean"
+        case str():
+            return f"{_show(found)} is a string"
+        case int() | float():
+            return f"{_show(found)} is a number"
+    return f"is {_show(found)}"
+
+
+def _path(location: Path_) -> Path_:
+    """The place of a finding; one about a name is where the name stands."""
+    return location[:-1] if location[-1] == "[key]" else location
+
+
+def _known(path: Path_) -> list[str]:
+    """The members that the language has at a path."""
+    node = schema = _schema()
+    for step in path:
+        named = next(iter(node.get("patternProperties", {}).values()), None)
+        node = node.get("properties", {}).get(step) or named or node.get("items") or {}
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return list(node.get("properties", ()))
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Documents.model_json_schema()
 
 
 def _dangling(documents: Documents) -> Iterator[tuple[Path_, str]]:
     """Names that stand for nothing, and names that stand for two things."""
+    yield from _dangling_in_models(documents)
+    yield from _doubled_in_plans(documents)
+    yield from _dangling_in_teams(documents)
+
+
+def _dangling_in_models(documents: Documents) -> Iterator[tuple[Path_, str]]:
     names: dict[str, str] = dict.fromkeys(documents.models, "a model")
     for name, model in documents.models.items():
         if model.pool not in documents.pools:
@@ -430,24 +560,31 @@ def _dangling(documents: Documents) -> Iterator[tuple[Path_, str]]:
             yield ("models", name, "family"), _unknown(model.family, documents.families)
         for i, alias in enumerate(model.aliases):
             if alias in names:
-                yield ("models", name, "aliases", i), f'"{alias}" is already {names[alias]}'
+                yield ("models", name, "aliases", i), f'"{alias}" is already {names[alias]}, expected a name of its own'
             names[alias] = f"an alias of {name}"
+
+
+def _doubled_in_plans(documents: Documents) -> Iterator[tuple[Path_, str]]:
     for name, plan in documents.plans.items():
         seen: set[str] = set()
         for i, limit in enumerate(plan.limits):
             if limit.name in seen:
-                yield ("plans", name, "limits", i, "name"), f'"{limit.name}" stands twice in this plan'
+                text = f'"{limit.name}" stands twice in this plan, expected a name of its own'
+                yield ("plans", name, "limits", i, "name"), text
             seen.add(limit.name)
+
+
+def _dangling_in_teams(documents: Documents) -> Iterator[tuple[Path_, str]]:
     for name, team in documents.teams.items():
         if team.plan not in documents.plans:
             yield ("teams", name, "plan"), _unknown(team.plan, documents.plans)
         for i, pattern in enumerate(team.models):
-            if not any(fnmatchcase(model, pattern) for model in documents.models):
+            if pattern != "*" and not any(matches((pattern,), model) for model in documents.models):
                 yield ("teams", name, "models", i), _unknown(pattern, documents.models)
 
 
 def _unknown(found: str, known: Iterable[str]) -> str:
-    return f'"{found}" is not defined, expected one of {_list(known) or "(none is defined)"}'
+    return f"{_show(found)} is not defined, expected one of {_list(known) or '(none is defined)'}"
 
 
 def _compile(documents: Documents, revision: str) -> Snapshot:
@@ -489,18 +626,27 @@ def _compile(documents: Documents, revision: str) -> Snapshot:
 class _Source:
     """The files of a directory as one tree of plain values, and the place of every path in it."""
 
+    # An alias of YAML is written out at each place; beyond these it is no document that people keep.
+    _DEEPEST, _MOST_VALUES = 20, 300_000
+
     def __init__(self, directory: Path) -> None:
         self._places: dict[Path_, str] = {}
         self._mistakes: list[str] = []
+        self._values = 0
+        self._constructor = yaml.constructor.SafeConstructor()
         self.data: dict[str, Any] = {}
-        files = sorted(p for p in directory.glob("*.y*ml") if p.suffix in (".yaml", ".yml"))
+        files = sorted(p for p in directory.glob("[!.]*.y*ml") if p.suffix in (".yaml", ".yml"))
         if not files:
             raise PolicyError([f"{directory}: holds no .yaml file, expected policy documents"])
         digest = hashlib.sha256()
         for file in files:
-            text = file.read_bytes()
+            try:
+                text = file.read_bytes()
+            except OSError as error:
+                self._mistakes.append(f"{file.name}: cannot be read ({error.strerror}), expected a policy document")
+                continue
             digest.update(text)
-            self._read(file, text)
+            self._read(file.name, text)
         self.revision = digest.hexdigest()[:12]
         if self._mistakes:
             raise PolicyError(self._mistakes)
@@ -510,51 +656,74 @@ class _Source:
         known = path
         while known and known not in self._places:
             known = known[:-1]
-        shown = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-        return f"{self._places.get(known, 'policies')} {shown}: {text}"
+        return f"{self._places.get(known, 'policies')} {_dotted(path)}: {text}"
 
-    def _read(self, file: Path, text: bytes) -> None:
+    def _read(self, file: str, text: bytes) -> None:
         try:
             root = yaml.compose(text, Loader=yaml.CSafeLoader)
         except yaml.YAMLError as broken:
             mark = getattr(broken, "problem_mark", None)
-            where = f"{file.name}:{mark.line + 1}" if mark else file.name
-            self._mistakes.append(f"{where} is no YAML: {getattr(broken, 'problem', None) or broken}")
+            where = f"{file}:{mark.line + 1}" if mark else file
+            told = [word for word in (getattr(broken, "context", None), getattr(broken, "problem", None)) if word]
+            self._mistakes.append(f"{where}: is no YAML: {', '.join(told) or str(broken).partition(chr(10))[0]}")
             return
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            self._mistakes.append(f"{file.name}:1: expected sections such as models: or teams:")
+            self._mistakes.append(f"{file}:1: has no sections, expected some of {_list(Documents.model_fields)}")
             return
+        before = dict(self._places)
         for section, value in self._members(file, root, ()):
             held = self.data.setdefault(section, value)
             if held is value:
                 continue
             if not (isinstance(held, dict) and isinstance(value, dict)) or section == "gateway":
-                self._mistakes.append(self.mistake((section,), "stands in two files"))
+                self._doubled((section,), before)
                 continue
             for name in held.keys() & value.keys():
-                self._mistakes.append(self.mistake((section, name), "is defined twice"))
+                self._doubled((section, name), before)
             held.update(value)
 
-    def _members(self, file: Path, node: yaml.MappingNode, path: Path_) -> Iterator[tuple[str, Any]]:
+    def _doubled(self, path: Path_, before: Mapping[Path_, str]) -> None:
+        self._mistakes.append(
+            self.mistake(path, f"is already defined at {before.get(path, 'another place')}, expected once")
+        )
+
+    def _members(self, file: str, node: yaml.MappingNode, path: Path_) -> Iterator[tuple[str, Any]]:
         seen: set[str] = set()
         for key_node, value_node in node.value:
+            place = f"{file}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._mistakes.append(
+                    f"{place} {_dotted(path)}: a list or a mapping stands for a name, expected a word"
+                )
+                continue
             key = str(key_node.value)
             own = (*path, key)
-            place = f"{file.name}:{key_node.start_mark.line + 1}"
             if key in seen:
-                shown = ".".join(map(str, own))
-                self._mistakes.append(f"{place} {shown}: stands twice, and only one can hold")
+                self._mistakes.append(f"{place} {_dotted(own)}: stands twice, expected once")
             seen.add(key)
             self._places[own] = place
             yield key, self._value(file, value_node, own)
 
-    def _value(self, file: Path, node: yaml.Node, path: Path_) -> Any:
-        self._places.setdefault(path, f"{file.name}:{node.start_mark.line + 1}")
+    def _value(self, file: str, node: yaml.Node, path: Path_) -> Any:
+        place = f"{file}:{node.start_mark.line + 1}"
+        self._places.setdefault(path, place)
+        self._values += 1
+        if len(path) > self._DEEPEST or self._values > self._MOST_VALUES:
+            much = f"at most {self._DEEPEST} levels and {self._MOST_VALUES} values"
+            raise PolicyError([f"{place}: the documents are too deep or too large, expected {much}"])
         match node:
             case yaml.MappingNode():
                 return dict(self._members(file, node, path))
             case yaml.SequenceNode():
                 return [self._value(file, item, (*path, i)) for i, item in enumerate(node.value)]
-        return yaml.SafeLoader("").construct_object(node)
+        try:
+            return self._constructor.construct_object(node)
+        except (ValueError, LookupError, AttributeError, yaml.YAMLError):  # all that it says of a wrong 0b_ or !!bool
+            self._mistakes.append(f"{place} {_dotted(path)}: {_show(node.value)} is no {node.tag.rpartition(':')[2]}")
+            return None
+
+
+def _dotted(path: Path_) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")

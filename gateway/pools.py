@@ -25,6 +25,10 @@ from gateway.wire import Wire
 
 _ATTEMPTS = 2
 
+# SDKs stop reading at `data: [DONE]`: to them that event is the last byte, so it is held back with the end that follows
+# it. Backends write that end an instant later; where it does not come so soon (seconds), the event goes on its way.
+_DONE, _AFTER_DONE = 16, 1.0
+
 # What a caller's head must not carry to a backend: its credentials, what belongs to its own connection, and what the
 # gateway writes itself. X-Stainless-* tells of the caller's SDK, and confuses a backend that is called by another.
 _OURS = frozenset(
@@ -109,12 +113,17 @@ class Answer:
         self.end: Message = END
         self._stream = cast("WireStream", response.stream)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is here already, as a short JSON answer is; then there is no piece but the last."""
+        return self._stream.received
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The body, piece by piece, but for the last one: that is sent when the usage is settled."""
         stream, tail = self._stream, self.tail
         async for chunk in stream:
             tail.add(chunk)
-            if stream.complete:
+            if stream.complete or (b"[DONE]" in chunk[-_DONE:] and await stream.ends(_AFTER_DONE)):
                 self.end = {"type": "http.response.body", "body": chunk, "more_body": False}
                 return
             yield chunk

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from gateway.admission import Admission
-from gateway.asgi import Cut, RawHeaders, Receive, Scope, Send, header, read_body, refuse, until_hang_up
+from gateway.asgi import Cut, Message, RawHeaders, Receive, Scope, Send, header, read_body, refuse, until_hang_up
 from gateway.errors import ClientGone, GatewayError, InternalError
 from gateway.exchange import Exchange
 from gateway.keys import KeyRing
@@ -64,19 +64,26 @@ class Proxy:
                 until_hang_up(receive),
                 policies.pools.open(x.terms.pool, x.request, head) as x.answer,
             ):  # 502-504
-                await relay(x, send)  # all but the last piece
-        await send(x.answer.end)  # after settling
+                held = await relay(x, send)  # all but the last piece
+        x.started = True
+        for message in held:  # after settling
+            await send(message)
 
 
-async def relay(x: Exchange, send: Send) -> None:
-    """Send the answer as it comes, chunk by chunk; its last piece stays behind."""
-    assert x.answer is not None
-    assert x.lease is not None
-    headers = [*x.answer.headers, *standing_headers(x.lease.standings), *_names(x, x.answer.headers)]
-    x.started = True
-    await send({"type": "http.response.start", "status": x.answer.status, "headers": headers})
-    async for chunk in x.answer:
+async def relay(x: Exchange, send: Send) -> list[Message]:
+    """Send the answer as it comes, chunk by chunk. Returns what is held back until its usage is settled: the last
+    piece, and of an answer that has come whole everything, so that it leaves in one write."""
+    answer, lease = x.answer, x.lease
+    assert answer is not None
+    assert lease is not None
+    headers = [*answer.headers, *standing_headers(lease.standings), *_names(x, answer.headers)]
+    start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
+    if not answer.is_whole:
+        x.started = True
+        await send(start)
+    async for chunk in answer:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    return [answer.end] if x.started else [start, answer.end]
 
 
 def _names(x: Exchange, passed: RawHeaders | None = None) -> RawHeaders:

@@ -84,24 +84,24 @@ def _left(standing: Standing) -> float:
 
 
 _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800}
-_UNITS = {"requests": "", "concurrent_requests": ';qu="concurrent-requests"'}
+_MOST = 10**15 - 1  # RFC 9651 section 3.3.1: what an integer of a header can be
 
 
 def _policy(limit: Limit) -> str:
     """One item of RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers): quota, window in seconds, unit."""
     window = f";w={_SECONDS[limit.window]}" if limit.window in _SECONDS else ""
-    unit = _UNITS.get(limit.count, f';qu="{limit.count.replace("_", "-")}"')
-    return f'"{limit.name}";q={limit.capacity}{window}{unit}'
+    unit = "" if limit.count == "requests" else f';qu="{limit.count.replace("_", "-")}"'
+    return f'"{limit.name}";q={min(limit.amount, _MOST)}{window}{unit}'
 
 
 def _ratelimit(standing: Standing) -> str:
     reset = "" if standing.charge.limit.kind == "seats" else f";t={-int(-standing.reset // 1)}"
-    return f'"{standing.charge.limit.name}";r={standing.remaining}{reset}'
+    return f'"{standing.charge.limit.name}";r={min(standing.remaining, _MOST)}{reset}'
 
 
 def _go_duration(seconds: float) -> str:
     """Seconds as OpenAI writes them, in Go's form: 12ms, 1.5s, 6m0s, 1h0m0s."""
-    ms = max(0, -int(-seconds * 1000 // 1))
+    ms = -(-round(seconds * 1e6) // 1000)  # up: who waits so long has waited long enough
     if ms < 1000:
         return f"{ms}ms"
     minutes, rest = divmod(ms, 60_000)

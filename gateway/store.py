@@ -19,6 +19,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import redis.asyncio
 import redis.exceptions
 import redis.retry
@@ -36,18 +38,30 @@ from redis.maint_notifications import MaintNotificationsConfig
 from gateway.errors import StoreUnavailable
 
 Arg = str | bytes | int | float
-Item = tuple[Sequence[str], Sequence[Arg]]  # the keys of one request, and its arguments
+Item = tuple[Sequence[str], Sequence[object]]  # the keys of one request, and its words (MessagePack's types, no bytes)
 
-# A script call stays below the 8,000 values that Lua can unpack, and far below a millisecond of the server's time.
+# A script call stays below the 8,000 values that Lua can unpack, and below a few milliseconds of the server's time.
 _MOST_ITEMS = 64
 _TIMEOUTS_TO_AWAY = 3
 _PROBE_SECONDS = (0.05, 1.0)
 
 Failures = (redis.exceptions.RedisError, OSError, TimeoutError)
+# What a server answers that does not do its work at the moment: full, a replica, cannot write its disk, in a script.
+_UNABLE = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+_UNABLE_WORDS = ("MISCONF", "BUSY", "NOREPLICAS")
 
 
 class StoreError(Exception):
     """The store cannot be used as configured; the text says what to do."""
+
+
+class StoreAway(StoreUnavailable):
+    """The store is known to be away: nothing was sent."""
 
 
 class Script:
@@ -67,6 +81,7 @@ class Store:
         self.away = False
         self._timeouts = 0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._probe: asyncio.Future[None] | None = None
         # Any: redis-py types every answer as the union of what each protocol and option could give.
         self.client: Any = _client(url, socket_timeout=None)
         # A connection of its own for reads that wait for news.
@@ -76,14 +91,16 @@ class Store:
         return f"<Store {'away' if self.away else 'answering'}, deadline {self.deadline * 1000:.0f} ms>"
 
     async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
-        """The answer to a command within the deadline. Raises StoreUnavailable."""
+        """The answer to a command within the deadline. Raises StoreUnavailable, and redis's ResponseError."""
         if self.away:
-            raise StoreUnavailable("the store of keys and limits is away", retry_after=1)
+            raise StoreAway("the store of keys and limits is away", retry_after=1)
         try:
             async with asyncio.timeout(self.deadline):
                 answer = await command()
-        except redis.exceptions.ResponseError:
+        except redis.exceptions.ResponseError as refusal:
             self._timeouts = 0  # it answers; what it says is the caller's to understand
+            if isinstance(refusal, _UNABLE) or str(refusal).startswith(_UNABLE_WORDS):
+                raise StoreUnavailable("the store of keys and limits cannot write", retry_after=1) from refusal
             raise
         except Failures as failure:
             self._failed(failure)
@@ -93,10 +110,14 @@ class Store:
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """The answer of a script; one that the server has forgotten is loaded and called once more."""
-        try:
-            return await self.call(lambda: self.client.evalsha(script.sha, len(keys), *keys, *args))
-        except redis.exceptions.NoScriptError:
-            return await self.call(lambda: self.client.eval(script.text, len(keys), *keys, *args))
+
+        async def command() -> Any:
+            try:
+                return await self.client.evalsha(script.sha, len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return await self.client.eval(script.text, len(keys), *keys, *args)
+
+        return await self.call(command)
 
     def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
         """A task that nobody cancels with a request; the store holds it until it is done."""
@@ -111,7 +132,7 @@ class Store:
         self._timeouts += 1
         if not isinstance(failure, TimeoutError) or self._timeouts >= _TIMEOUTS_TO_AWAY:
             if not self.away:
-                self.spawn(self._come_back())
+                self._probe = asyncio.ensure_future(self._come_back())
             self.away = True
 
     async def _come_back(self) -> None:
@@ -129,9 +150,8 @@ class Store:
 
     async def aclose(self) -> None:
         """Let what is under way end, then close the connections."""
-        probes = [task for task in self._tasks if self.away]
-        for probe in probes:
-            probe.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.client.aclose()
         await self.patient.aclose()
@@ -151,19 +171,20 @@ def _client(url: str, *, socket_timeout: float | None) -> redis.asyncio.Redis:
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
         legacy_responses=False,
     )
-    return redis.asyncio.Redis(connection_pool=pool)
+    return redis.asyncio.Redis.from_pool(pool)  # and closes it
 
 
 class Coalesced:
     """A script whose calls share a trip: what waits in one turn of the event loop is one call.
 
-    `head` are the arguments before those of the requests. The script answers with a list, an element for each.
+    The script is given the words of all requests in one MessagePack, then `more`. It answers with a list, an element
+    for each request.
     """
 
-    def __init__(self, store: Store, script: Script, head: Sequence[Arg]) -> None:
+    def __init__(self, store: Store, script: Script, more: Sequence[Arg]) -> None:
         self._store = store
         self._script = script
-        self._head = head
+        self._more = more
         self._waiting: list[tuple[Item, asyncio.Future[Any]]] = []
 
     def __call__(self, item: Item) -> asyncio.Future[Any]:
@@ -182,11 +203,9 @@ class Coalesced:
 
     async def _send(self, batch: list[tuple[Item, asyncio.Future[Any]]]) -> None:
         keys = [key for (keys, _), _ in batch for key in keys]
-        args: list[Arg] = [len(batch), *self._head]
-        for (_, own), _ in batch:
-            args += own
         try:
-            answers = await self._store.run(self._script, keys, args)
+            words = msgspec.msgpack.encode([own for (_, own), _ in batch])
+            answers = await self._store.run(self._script, keys, (words, *self._more))
         except Exception as failure:
             for _, future in batch:
                 if not future.done():
@@ -219,12 +238,15 @@ class Embedded:
         return f"unix://{self._socket}"
 
     def __enter__(self) -> Self:
-        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        with _starting(self.state):
-            if not _answers(self._socket):
-                self._start()
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+        try:
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _starting(self.state):
+                if not _answers(self._socket):
+                    self._start()
+                self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+        except OSError as failure:
+            raise StoreError(f"the embedded Valkey cannot be started in {self.state}: {failure}") from failure
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,8 +279,17 @@ class Embedded:
         patience = time.monotonic() + 30  # a long AOF is read before the first answer
         while not _answers(self._socket):
             if server.poll() is not None or time.monotonic() > patience:
-                raise StoreError(f"the embedded Valkey did not start; it says why in {log}")
+                server.kill()  # two servers must never write one AOF
+                server.wait()
+                raise StoreError(f"the embedded Valkey did not start; {log} ends with: {_last_line(log)}")
             time.sleep(0.005)
+        # Whoever of its users stops it, its parent takes note: no zombie.
+        threading.Thread(target=server.wait, name="embedded-valkey", daemon=True).start()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
 
 def _server_binary() -> str:

@@ -21,8 +21,11 @@ from gateway.exchange import Exchange
 
 _access = structlog.get_logger("gateway.access")
 
+# Before a key may stand the end of an escape: JSON's \n, or the m of a colour.
 _SECRETS = re.compile(
-    rb"gw_[0-9A-Za-z]{4,}(?:_[0-9A-Za-z]+)?|\b(?:sk|fw|pk)[-_][0-9A-Za-z_-]{8,}|(?i:bearer)\s+[^\s\"'\\,]+"
+    rb"gw_[0-9A-Za-z]{4,}(?:_[0-9A-Za-z]+)?"
+    rb"|(?:(?<![0-9A-Za-z])|(?<=\\[bfnrt])|(?<=[0-9]m))(?:sk|fw|pk)[-_][0-9A-Za-z_-]{8,}"
+    rb"|(?i:bearer)\s+[^\s\"'\\,]+"
 )
 _MASK = b"[masked]"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from gateway.errors import BadRequest, Forbidden
 from gateway.identity import Principal, anonymous
@@ -12,8 +13,7 @@ from gateway.policy import Count, Limit, Scope, Snapshot, Team, matches
 from gateway.usage import Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(msgspec.Struct, frozen=True):
     """One limit of a request: the key of its count in the store, the scope in words, and what is reserved of it."""
 
     limit: Limit
@@ -22,8 +22,7 @@ class Charge:
     amount: int
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """What is allowed. Holding one means: allowed."""
 
     organisation: str
@@ -92,11 +91,14 @@ def _scopes(principal: Principal, team: Team, user: str | None, model: str) -> d
     }
 
 
+_PARAMS = {"completions": "prompt", "chat/completions": "messages"}
+
+
 def _never(limit: Limit, amount: int, request: InferenceRequest) -> BadRequest:
     unit = "micro-dollars" if limit.count == "usd" else limit.count.replace("_", " ")
     remedy = "" if limit.count == "input_tokens" else f" Lower max_tokens (bound: {request.output_bound}) or n."
     return BadRequest(
         f"the request may take {amount} {unit}, the limit {limit.name} never holds more than {limit.capacity}.{remedy}",
         code="request_exceeds_limit",
-        param=None if limit.count in ("requests", "concurrent_requests") else "max_tokens",
+        param=_PARAMS[request.endpoint] if limit.count == "input_tokens" else "max_tokens",
     )

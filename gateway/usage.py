@@ -7,8 +7,8 @@ lines say how many events there were.
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import msgspec
@@ -19,12 +19,14 @@ T = TypeVar("T")
 
 Source = Literal["upstream", "counted", "none"]
 
+# More than this was not used by one request: what a backend says beyond it is not to break sums and limits.
+_CREDIBLE = 10**9
+
 # The last event of a stream, with usage and performance metrics, is below 2 KiB; a JSON answer ends with its usage.
 TAIL = 8 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Tokens, and where the numbers came from: the upstream's own, counted by the gateway, or none."""
 
     input: int
@@ -98,51 +100,52 @@ def usage_of(tail: Tail, *, stream: bool, input_estimate: int) -> Usage:
         return NOTHING
     text = tail.bytes()
     reported = _last_event(text) if stream else _document(text, whole=len(text) == tail.length)
-    if reported is None:
+    if reported is None or reported == _Reported():
         # An event is two lines (its data and the blank one), and at least one token; a plain answer is text.
         output = tail.lines // 2 if stream else -(-tail.length // 4)
         return Usage(input_estimate, output, source="counted")
-    prompt = max(0, reported.prompt_tokens or 0)
+    prompt = _credible(reported.prompt_tokens)
     completion = reported.completion_tokens
     if completion is None:  # nullable in the API's UsageInfo; the total is not
         completion = (reported.total_tokens or 0) - prompt
     cached = reported.prompt_tokens_details.cached_tokens if reported.prompt_tokens_details else 0
-    return Usage(prompt, max(0, completion), min(max(0, cached or 0), prompt))
+    return Usage(prompt, _credible(completion), min(_credible(cached), prompt))
+
+
+def _credible(tokens: int | None) -> int:
+    return min(max(0, tokens or 0), _CREDIBLE)
 
 
 def _last_event(text: bytes) -> _Reported | None:
-    """The usage of the last server-sent event that has one."""
+    """The usage of the last server-sent event that has one. Each line is read once, whatever stands in it."""
     end = len(text)
     while (start := text.rfind(b'"usage"', 0, end)) >= 0:
         line_start = text.rfind(b"\n", 0, start) + 1
-        line = text[line_start : _or_end(text.find(b"\n", start), text)]
+        line_end = text.find(b"\n", start)
+        line = text[line_start : line_end if line_end >= 0 else len(text)]
         reported = _usage_in(line.removeprefix(b"data:"))
         if reported is None and line_start == 0:  # the event is longer than the tail
-            reported = _object_after(text, start)
+            reported = _last_object(line)
         if reported is not None:
             return reported
-        end = start
+        end = line_start
     return None
 
 
 def _document(text: bytes, *, whole: bool) -> _Reported | None:
     """The usage of a JSON answer, of which the tail may hold the end only."""
-    if whole:
-        return _usage_in(text)
-    start = text.rfind(b'"usage"')
-    return _object_after(text, start) if start >= 0 else None
+    return _usage_in(text) if whole else _last_object(text)
 
 
-def _object_after(text: bytes, start: int) -> _Reported | None:
-    """The usage object whose name stands at `start`. It holds no strings with braces, so braces are braces."""
-    brace = text.find(b"{", start)
-    if brace < 0 or text[start + len(b'"usage"') : brace].strip(b" \t\r\n") != b":":
-        return None
-    depth = 0
-    for at in range(brace, len(text)):
-        depth += (text[at] == 0x7B) - (text[at] == 0x7D)
-        if depth == 0:
-            return _decode(_reports, text[brace : at + 1])
+# A usage object has its details one level down, and no strings with braces in it; possessive, and so of linear time.
+_OBJECT = re.compile(rb'"usage"\s*+:\s*+(\{(?:[^{}]|\{[^{}]*+\})*+\})')
+
+
+def _last_object(text: bytes) -> _Reported | None:
+    """The last usage object in the end of a JSON text. What a model says of usage has its quotes escaped."""
+    for found in reversed(list(_OBJECT.finditer(text))):
+        if (reported := _decode(_reports, found[1])) is not None:
+            return reported
     return None
 
 
@@ -156,10 +159,6 @@ def _decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T | None:
         return decoder.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return None  # an upstream's words are not ours to trust: what cannot be read was not reported
-
-
-def _or_end(at: int, text: bytes) -> int:
-    return len(text) if at < 0 else at
 
 
 class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=False):

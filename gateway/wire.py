@@ -22,6 +22,7 @@ import asyncio
 import re
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from typing import Final, Literal, cast
 
@@ -70,6 +71,8 @@ class Wire(httpx.AsyncBaseTransport):
         origin = httpx.URL(url)
         secure = origin.scheme == "https"
         self.timeouts = timeouts
+        self.patience = min(timeouts.first_byte, timeouts.idle, timeouts.total)  # before it, nothing is ever due
+        self._origin = f"{origin.scheme}://{origin.netloc.decode()}"
         self._host = origin.raw_host.decode("ascii")
         self._port = origin.port or (443 if secure else 80)
         self._ssl = (ssl_context or ssl.create_default_context()) if secure else None
@@ -81,7 +84,7 @@ class Wire(httpx.AsyncBaseTransport):
 
     def __repr__(self) -> str:
         state = "closed, " if self._closed else ""
-        return f"<Wire {self._host}:{self._port} {state}{len(self.busy)} busy, {len(self.idle)} idle>"
+        return f"<Wire {self._origin} {state}{len(self.busy)} busy, {len(self.idle)} idle>"
 
     @property
     def in_flight(self) -> int:
@@ -103,24 +106,15 @@ class Wire(httpx.AsyncBaseTransport):
         An upstream may close an idle connection in the moment in which we write (RFC 9112 section 9.3.1). It has then
         not answered one byte, and the question goes once more, over a new connection, which cannot have that excuse.
         """
-        connection = self._warmest() if question.body is not None else None  # a stream cannot be sent twice
-        if connection is None:
+        if question.body is None or not self.idle:  # a stream cannot be sent twice
             return None
+        connection, _ = self.idle.popitem()
         try:
             return await connection.ask(question)
         except UpstreamFailed as failed:
             if connection.heard or failed.code != "upstream_disconnected":
                 raise
             return None
-
-    def _warmest(self) -> _Connection | None:
-        now = asyncio.get_running_loop().time()
-        while self.idle:
-            connection, _ = self.idle.popitem()
-            if now < connection.expires:
-                return connection
-            connection.end()
-        return None
 
     async def _connect(self) -> _Connection:
         """A new connection; TCP_NODELAY is set by both event loops."""
@@ -231,6 +225,14 @@ class Answer(httpx.AsyncByteStream):
         self._connection.taken()
         return piece
 
+    async def ends(self, within: float) -> bool:
+        """Whether its end comes next, within so many seconds. Raises what has failed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while not self.pieces and not self.received:
+                    await self.news()
+        return self.complete
+
     def join(self) -> bytes:
         """Makes one piece of those that wait."""
         if len(self.pieces) > 1:
@@ -279,8 +281,8 @@ class Answer(httpx.AsyncByteStream):
         fields, self._fields = self._fields, []
         if parser.get_http_version() not in ("1.1", "1.0"):
             raise HttpParserError("another protocol")
-        if 100 <= status < 200 and status != 101:
-            return  # informational (RFC 9110 section 15.2): the answer is still to come
+        if 100 <= status < 200:
+            return  # informational (RFC 9110 section 15.2), the answer is still to come; at 101 the parser stops
         if not 200 <= status < 600:
             raise HttpParserError("a status that no answer has")
         self.headers, self.framed = fields, self._framing(status, fields)
@@ -338,7 +340,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._answer: Answer | None = None  # only while busy
         self._asked_at = 0.0
         self._owed_since: float | None = None  # only while somebody waits for the upstream
-        self._sent = False  # the question, whole
+        self._asked = True  # the whole question
         self._choked = False  # the transport has more to write than it likes
         self._paused = False  # by us: too much waits for the reader
         self._timer: asyncio.TimerHandle | None = None
@@ -350,12 +352,16 @@ class _Connection(asyncio.BufferedProtocol):
             raise _failure("upstream_disconnected")
         self._answer = answer = Answer(self, question.method)
         self.parser = HttpResponseParser(answer)
-        self.heard = self._sent = False
+        self.heard = False
+        self._asked = True
         self._asked_at = self.loop.time()
         self._wire.busy.add(self)
-        self._arm(self._asked_at + self._wire.timeouts.first_byte)
+        self._arm(self._asked_at + self._wire.patience)
         try:
-            await self._write(question, answer)
+            if question.body is not None:
+                self._transport.writelines((question.head, question.body))  # uvloop: one writev, nothing copied
+            else:
+                await self._write(question, answer)
             self.owes()
             while not answer.status:
                 await answer.news()
@@ -363,16 +369,12 @@ class _Connection(asyncio.BufferedProtocol):
             self.end()
             raise
         self._owed_since = None
-        if not answer.received:
-            self._arm(self.loop.time() + self._wire.timeouts.idle)
         return answer
 
     async def _write(self, question: _Question, answer: Answer) -> None:
-        if question.body is not None:
-            self._transport.write(question.head + question.body)
-            self._sent = True
-            return
+        """Streams the body, as fast as the upstream reads. Ends early if it has answered: the rest is not wanted."""
         self._transport.write(question.head)
+        self._asked = False
         left = question.length
         async for piece in question.stream:
             left -= len(piece)
@@ -382,16 +384,16 @@ class _Connection(asyncio.BufferedProtocol):
             while self._choked and not answer.status:
                 await answer.news()
             if answer.status:
-                return  # answered before it was asked to the end: the rest is not wanted
+                return
         if left:
             raise ValueError("a request's stream is not as long as its content-length says")
-        self._sent = True
+        self._asked = True
 
     def release(self, answer: Answer) -> None:
         """The reader has done with its answer; saying it twice is as good as once."""
         if answer is not self._answer:
             return
-        clean = answer.received and self._sent and not self._paused and not self._transport.get_write_buffer_size()
+        clean = answer.received and self._asked and not self._paused and not self._transport.get_write_buffer_size()
         if clean and answer.reusable_for > 0 and self._wire.keep(self):
             self._answer = None
             del self.parser
@@ -435,16 +437,13 @@ class _Connection(asyncio.BufferedProtocol):
         except (HttpParserError, HttpParserUpgrade) as broken:
             self.end("upstream_protocol_error", broken)
             return
+        if len(answer.pieces) > _PIECES:
+            answer.join()
         if answer.barren > _HEAD:
             self.end("upstream_protocol_error")
         elif answer.waiting > _WAITING and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        elif len(answer.pieces) > _PIECES:
-            answer.join()
-
-    def eof_received(self) -> None:
-        self.connection_lost(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is None and self._answer is not None and self._answer.framed == "close":
@@ -489,16 +488,16 @@ class _Connection(asyncio.BufferedProtocol):
         now = self.loop.time()
         due, code = self._due(now)
         if now < due:
-            self._arm(due)
+            self._arm(min(due, now + self._wire.patience))
         else:
             self.end(code)
 
     def _due(self, now: float) -> tuple[float, str]:
-        """When it ends, and as what. While nobody waits, the reader may begin to at any time: not before `now`."""
+        """When it ends, and as what."""
         if self._answer is None:
             return self.expires, ""
         timeouts = self._wire.timeouts
-        since = now if self._owed_since is None else self._owed_since
+        since = now if self._owed_since is None else self._owed_since  # the reader may begin to wait at any time
         if self._answer.status:
             silence = since + timeouts.idle, "upstream_idle_timeout"
         else:

@@ -1,102 +1,121 @@
 #!lua
--- Settle requests: give back the seat, correct every limit by (used - reserved), add the hourly sums, append the row to
--- the ledger. The reservation is the right to do so, and is deleted with it: who comes second changes nothing.
+-- Settle requests: append the row to the ledger, give back the seat, correct every limit by (used - reserved), add the
+-- hourly sums. The reservation is the right to do so, and is deleted with it: who comes second changes nothing.
 --
 -- KEYS, for each request: its reservation, the ledger stream, then each count that is corrected.
--- ARGV: number of requests, mark ms; then for each request: id, row ('' for none), field of the sums, number of
---   counters, counters (name, increment), number of corrections; then for each correction:
---   rate:  'r', difference, units per period, period us
---   quota: 'q', difference, window start s
---   seats: 's'
+-- ARGV: the requests in MessagePack, mark ms. A request is {id, row ('' for none), field of the sums, what each of
+--   COUNTERS grows by, corrections}, a correction is
+--   rate:  {'r', difference, units per period, period us}
+--   quota: {'q', difference, window start s; 0: its gateway was never told}
+--   seats: {'s'}
 -- The sums stand in '<ledger stream>:<hour>', hours since 1970 in UTC, on the ledger's own slot.
--- Returns, for each request: 1 settled, 0 nothing was reserved under this id (any more). Then the id is marked as given
--- up, so that an admission that is still on its way takes nothing.
+-- Returns, for each request: 1 settled, -1 its row cannot be written and nothing has changed, 0 nothing was reserved
+-- under this id (any more). Then the id is marked as given up, so that an admission that is still on its way takes
+-- nothing.
 
+local SETTLED, ABSENT, UNWRITTEN = 1, 0, -1
+local COUNTERS = {'requests', 'input_tokens', 'cached_tokens', 'output_tokens', 'cost_microusd'}
 local GONE = '-'
+local LONGEST = 2 ^ 53 -- us, 285 years: what a double and an expiry can hold
 
+local format, min, max = string.format, math.min, math.max
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local hour = math.floor(time[1] / 3600)
-local mark_ms = ARGV[2]
+local hour = format(':%.0f', math.floor(time[1] / 3600))
+local requests, mark_ms = cmsgpack.unpack(ARGV[1]), ARGV[2]
+local held = redis.call('MGET', unpack(KEYS)) -- what is no string reads as absent
 
-local held = redis.call('MGET', unpack(KEYS))
-local at_key = {}
-for i, key in ipairs(KEYS) do at_key[key] = held[i] end
+-- The three kinds of limit, see admit.lua: how a count is read (nil or false: there is none to correct), corrected and
+-- written.
+local RATE, QUOTA, SEATS = {}, {}, {}
+local KINDS = {r = RATE, q = QUOTA, s = SEATS}
 
-local read = 2
-local function argument() read = read + 1 return ARGV[read] end
-local function number() return tonumber(argument()) end
-
-local replies, key_index = {}, 0
-local ended, marked, rows, sums, backlogs, used, left = {}, {}, {}, {}, {}, {}, {}
-for request = 1, tonumber(ARGV[1]) do
-  local reservation, ledger = KEYS[key_index + 1], KEYS[key_index + 2]
-  key_index = key_index + 2
-  local id, row, field = argument(), argument(), argument()
-  local held_one = at_key[reservation]
-  local settled = held_one and held_one ~= GONE and not ended[reservation]
-  if settled then
-    ended[reservation] = true
-    if row ~= '' then rows[#rows + 1] = {ledger, row} end
-  elseif not held_one then
-    marked[reservation] = true
+function RATE.read(key, text, correction)
+  if not text then
+    return redis.call('EXISTS', key) == 0 and {backlog = 0, unit = correction[4] / correction[3], units = 0}
   end
-  for _ = 1, number() do
-    local counter, by = field .. ':' .. argument(), number()
-    if settled and row ~= '' then
-      local sum = ledger .. ':' .. string.format('%.0f', hour)
-      sums[sum] = sums[sum] or {}
-      sums[sum][counter] = (sums[sum][counter] or 0) + by
-    end
-  end
-  for _ = 1, number() do
-    key_index = key_index + 1
-    local key, kind = KEYS[key_index], argument()
-    if kind == 'r' then
-      local difference, units, period = number(), number(), number()
-      if settled then backlogs[key] = (backlogs[key] or 0) + difference * period / units end
-    elseif kind == 'q' then
-      local difference, window = number(), number()
-      if settled then
-        used[key] = used[key] or {}
-        used[key][window] = (used[key][window] or 0) + difference
-      end
-    elseif settled then
-      left[key] = left[key] or {}
-      table.insert(left[key], id)
-    end
-  end
-  replies[request] = settled and 1 or 0
+  local at, backlog, unit = string.match(text, '^(%d+) ([%d.e+-]+) ([%d.e+-]+)$')
+  backlog, unit = tonumber(backlog), tonumber(unit)
+  return backlog and unit and {backlog = max(0, backlog - max(0, now - at)), unit = unit, units = 0}
 end
 
-local writes = {}
-for key, difference in pairs(backlogs) do
-  local at, backlog = string.match(at_key[key] or '0 0', '^(%d+) ([%d.e+-]+)$')
-  if tonumber(backlog) then
-    -- What has drained is not given back: a bucket is never more than full. What is owed is carried.
-    backlog = math.max(0, math.max(0, backlog - math.max(0, now - at)) + difference)
-    writes[key] = {string.format('%.0f %.17g', now, backlog), math.ceil(backlog / 1000) + 1000}
-  end
+function RATE.correct(count, correction) count.units = count.units + correction[2] end
+
+function RATE.write(key, count)
+  -- What has drained is not given back: a bucket is never more than full. What is owed is carried.
+  local backlog = max(0, count.backlog + count.units * count.unit)
+  if backlog == 0 then return redis.call('DEL', key) end
+  redis.call('SET', key, format('%.0f %.17g %.17g', now, backlog, count.unit),
+    'PX', format('%.0f', min(backlog, LONGEST) / 1000 + 1000))
 end
-for key, differences in pairs(used) do
-  local window, amount = string.match(at_key[key] or '', '^(%d+) (-?%d+)$')
+
+function QUOTA.read(_, text)
+  local window, used = string.match(text or '', '^(%d+) (%d+)$')
+  return window and {window = tonumber(window), used = tonumber(used)}
+end
+
+function QUOTA.correct(count, correction, _, reserved)
   -- A reservation of a window that has ended must not change a later one.
-  -- 0: of an admission that was never answered, a moment ago.
-  local difference = tonumber(window) and (differences[tonumber(window)] or differences[0])
-  if tonumber(amount) and difference then
-    writes[key] = {string.format('%s %.0f', window, math.max(0, amount + difference)), 'keep'}
+  local window = correction[3]
+  if window == count.window or window == 0 and tonumber(string.match(reserved, '^%d+')) >= count.window * 1000000 then
+    count.used = count.used + correction[2]
   end
 end
 
-for key, write in pairs(writes) do
-  if write[2] == 'keep' then redis.call('SET', key, write[1], 'KEEPTTL')
-  else redis.call('SET', key, write[1], 'PX', string.format('%.0f', write[2])) end
+function QUOTA.write(key, count)
+  redis.call('SET', key, format('%.0f %.0f', count.window, max(0, count.used)), 'KEEPTTL')
 end
-for key, ids in pairs(left) do redis.call('ZREM', key, unpack(ids)) end
-for _, row in ipairs(rows) do redis.call('XADD', row[1], '*', 'row', row[2]) end
-for sum, counters in pairs(sums) do
-  for counter, by in pairs(counters) do redis.call('HINCRBY', sum, counter, string.format('%.0f', by)) end
-  redis.call('EXPIRE', sum, 34560000) -- 400 days: thirteen months, and the longest of them
+
+function SEATS.read() return {} end
+
+function SEATS.correct(count, _, id) count[#count + 1] = id end
+
+function SEATS.write(key, count) redis.pcall('ZREM', key, unpack(count)) end
+
+local counts, changed, ended, marked, sums, replies, index = {}, {}, {}, {}, {}, {}, 1
+for number, request in ipairs(requests) do
+  local first, id, row, field, counters, corrections = index, unpack(request)
+  local reservation, ledger, reserved = KEYS[first], KEYS[first + 1], held[first]
+  index = first + 2 + #corrections
+  local reply = SETTLED
+  if not reserved or reserved == GONE or ended[reservation] then
+    reply = ABSENT
+    if not reserved then marked[reservation] = true end
+  -- The row is written first, because it alone can fail: where its key holds something else.
+  elseif row ~= '' and type(redis.pcall('XADD', ledger, '*', 'row', row)) == 'table' then
+    reply = UNWRITTEN
+  else
+    ended[reservation] = true
+    for place, correction in ipairs(corrections) do
+      local key, kind = KEYS[first + 1 + place], KINDS[correction[1]]
+      local count = counts[key]
+      if count == nil then
+        count = kind.read(key, held[first + 1 + place], correction) or false
+        counts[key] = count
+      end
+      if count then
+        kind.correct(count, correction, id, reserved)
+        changed[key] = kind
+      end
+    end
+    sums[ledger] = sums[ledger] or {}
+    local sum = sums[ledger][field] or {}
+    sums[ledger][field] = sum
+    for place, by in ipairs(counters) do sum[place] = (sum[place] or 0) + by end
+  end
+  replies[number] = reply
+end
+
+for key, kind in pairs(changed) do kind.write(key, counts[key]) end
+for ledger, fields in pairs(sums) do
+  local new = false
+  for field, sum in pairs(fields) do
+    for place, by in ipairs(sum) do
+      local counter = field .. ':' .. COUNTERS[place]
+      if by > 0 and redis.pcall('HINCRBY', ledger .. hour, counter, format('%.0f', by)) == by then new = true end
+    end
+  end
+  if new then redis.call('EXPIRE', ledger .. hour, '34560000') end -- 400 days: thirteen months, and the longest of them
 end
 for reservation in pairs(ended) do redis.call('DEL', reservation) end
 for reservation in pairs(marked) do redis.call('SET', reservation, GONE, 'PX', mark_ms) end

@@ -1,0 +1,50 @@
+"""Forwarding alone: the wire between two sockets, without key, contract, limits, ledger and log.
+
+`python -m tests.bench.forward PORT BACKEND_PORT`. What it costs beside the gateway is what the gateway's decisions cost.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+
+from gateway.asgi import Receive, Scope, Send, read_body
+from gateway.policy import PoolPolicy, UpstreamPolicy
+from gateway.pools import Upstream, Answer
+from gateway.wire import Wire
+
+
+class Forward:
+    """POST anything, and it goes to the one upstream."""
+
+    def __init__(self, port: int) -> None:
+        policy = UpstreamPolicy(url=f"http://127.0.0.1:{port}")
+        timeouts = PoolPolicy(upstreams=(policy,)).timeouts
+        self.upstream = Upstream(policy, Wire(policy.url, timeouts), None)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(scope, receive, 1 << 20)
+        response = await self.upstream.transport.handle_async_request(self.upstream.request(scope["path"], [], body))
+        answer = Answer(response, self.upstream, 1)
+        await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        async for chunk in answer:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await answer.aclose()
+        await send(answer.end)
+
+
+if __name__ == "__main__":
+    uvicorn.run(
+        Forward(int(sys.argv[2])),
+        port=int(sys.argv[1]),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        date_header=False,
+    )

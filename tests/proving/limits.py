@@ -1,0 +1,203 @@
+"""Limits by hand: charges without documents, requests without sockets, and a wire that loses what it should."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import redis
+
+from gateway.admission import Admission
+from gateway.exchange import new_id
+from gateway.policy import Count, Limit
+from gateway.store import Store
+from gateway.terms import Charge, Terms
+from gateway.usage import UsageRecord
+
+PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+
+
+def rate(amount: int, period: str, *, burst: int | None = None, name: str = "rate", count: Count = "requests") -> Limit:
+    capacity = amount if burst is None else burst
+    return Limit(name, "rate", count, amount, capacity, PERIODS[period] * 1_000_000, period, None, ("team",))
+
+
+def quota(
+    amount: int, window: str, *, zone: str = "UTC", name: str = "quota", count: Count = "requests"
+) -> Limit:
+    return Limit(name, "quota", count, amount, amount, 0, window, ZoneInfo(zone), ("team",))
+
+
+def seats(at_most: int, *, name: str = "seats") -> Limit:
+    return Limit(name, "seats", "concurrent_requests", at_most, at_most, 0, "", None, ("team",))
+
+
+def key_of(limit: Limit, organisation: str = "acme") -> str:
+    """The key of a limit's count."""
+    return f"{{{organisation}}}:{limit.kind}:{limit.name}:research"
+
+
+def terms(limits: Sequence[Limit], amounts: Mapping[str, int] = {}, *, organisation: str = "acme") -> Terms:
+    """Terms of one team; what `amounts` does not name reserves 1."""
+    charges = tuple(
+        Charge(limit, key_of(limit, organisation), "team research", amounts.get(limit.name, 1)) for limit in limits
+    )
+    return Terms(organisation, "research", "key_1", None, "demo", charges)
+
+
+@dataclass
+class Request:
+    """What Admission wants to know of a request; `use` is what it used of a limit, by name, 1 where it is not named."""
+
+    terms: Terms
+    use: Mapping[str, int] = field(default_factory=dict)
+    id: str = field(default_factory=new_id)
+    ended: bool = False
+
+    def end(self, error: BaseException | None) -> None:
+        assert not self.ended
+        self.ended = True
+
+    def used(self, limit: Limit) -> int:
+        return 0 if limit.kind == "seats" else self.use.get(limit.name, 1)
+
+    def record(self) -> UsageRecord:
+        terms = self.terms
+        return UsageRecord(
+            id=self.id,
+            organisation=terms.organisation,
+            team=terms.team,
+            key=terms.key_id,
+            user=terms.user,
+            model="m",
+            pool=terms.pool,
+            upstream="u",
+            endpoint="completions",
+            status=200,
+            ended="complete",
+            stream=False,
+            input_tokens=3,
+            cached_tokens=0,
+            output_tokens=4,
+            source="upstream",
+            cost_microusd=5,
+            received_ms=1,
+            first_byte_ms=2,
+            duration_ms=3,
+            attempts=1,
+            bytes_out=4,
+        )
+
+
+@asynccontextmanager
+async def gateways(url: str, count: int = 1, *, deadline: float = 5.0) -> AsyncIterator[list[Admission]]:
+    """So many gateways' admissions on one store, each with connections of its own, each keeping up."""
+    stores = [Store(url, deadline=deadline) for _ in range(count)]
+    admissions = [Admission(store) for store in stores]
+    tasks = [asyncio.ensure_future(admission.keep_up()) for admission in admissions]
+    try:
+        yield admissions
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for store in stores:
+            await store.aclose()
+
+
+Everything = dict[bytes, tuple[bytes, int]]
+
+
+def everything(client: redis.Redis) -> Everything:
+    """Every key of a store: its bytes, and the instant at which it ends."""
+    found: Everything = {}
+    keys: Any = client.keys("*")
+    for key in keys:
+        dump: Any = client.dump(key)
+        ends: Any = client.pexpiretime(key)
+        found[key] = dump, ends
+    return found
+
+
+async def until(condition: Any, patience: float = 20.0) -> None:
+    """Until it holds; an assertion fails when it does not in all that time."""
+    async with asyncio.timeout(patience):
+        while not condition():  # noqa: ASYNC110 - what is waited for is in another process
+            await asyncio.sleep(0.005)
+
+
+class Wire:
+    """A wire to a store. `deaf`: what the store answers is lost; `held`: what it is asked waits; `cuts`: the next
+    answer is a lost connection."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target.removeprefix("unix://")
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.deaf = False
+        self.cuts = False
+        self.held = asyncio.Event()
+        self.held.set()
+        self.lost = 0  # answers that were lost
+        self.connections = 0
+        self.url = ""
+
+    def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        task = asyncio.ensure_future(self._connection(reader, writer))
+        self._pumps.add(task)
+        task.add_done_callback(self._pumps.discard)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            with suppress(OSError):
+                store_reader, store_writer = await asyncio.open_unix_connection(self._target)
+                await asyncio.gather(self._ask(reader, store_writer), self._answer(store_reader, writer))
+        finally:
+            writer.close()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                await self.held.wait()
+                writer.write(data)
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                if self.deaf or self.cuts:
+                    self.lost += 1
+                if self.cuts:
+                    self.cuts = False
+                    break
+                if not self.deaf:
+                    writer.write(data)
+        finally:
+            writer.close()
+
+    async def aclose(self) -> None:
+        for task in self._pumps:
+            task.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+
+@asynccontextmanager
+async def wire(target: str) -> AsyncIterator[Wire]:
+    """A wire to a store, on a socket of its own."""
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        wire = Wire(target)
+        path = str(Path(folder) / "w")
+        server = await asyncio.start_unix_server(wire._serve, path)
+        wire.url = f"unix://{path}"
+        try:
+            yield wire
+        finally:
+            server.close()
+            await wire.aclose()

@@ -1,0 +1,131 @@
+"""What documents say of the code is as the code is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gateway.policy import Documents
+from gateway.settings import Settings
+from tests import docs
+
+GENERATED = docs.generated()
+
+
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: str(path.relative_to(docs.ROOT)))
+def test_a_document_is_as_generated(path: Path) -> None:
+    """`make docs` writes it anew."""
+    assert path.read_text("utf-8") == GENERATED[path]
+
+
+def test_every_table_stands_somewhere() -> None:
+    found = [name for path in GENERATED if path.suffix == ".md" for _, name, _ in docs.MARKED.findall(path.read_text())]
+    assert sorted(found) == ["commands", "floors", "policies", "settings"]
+
+
+def test_tables_stand_between_their_markers_and_nothing_else_changes() -> None:
+    text = "before\n<!-- generated: one -->\nold\n<!-- end -->\nafter\n<!-- generated: two -->\n<!-- end -->\n"
+    once = docs.filled(text, {"one": "1\n1", "two": "2"})
+    assert once == (
+        "before\n<!-- generated: one -->\n1\n1\n<!-- end -->\nafter\n<!-- generated: two -->\n2\n<!-- end -->\n"
+    )
+    assert docs.filled(once, {"one": "1\n1", "two": "2"}) == once
+
+
+def test_a_marker_for_nothing_is_a_defect() -> None:
+    with pytest.raises(KeyError, match="three"):
+        docs.filled("<!-- generated: three -->\n<!-- end -->", {})
+
+
+def test_without_write_the_files_that_differ_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = docs.ROOT / "README.md"
+    monkeypatch.setattr(docs, "generated", lambda: {path: "another text"})
+    monkeypatch.setattr("sys.argv", ["docs"])
+    assert docs.main() == 1
+    assert capsys.readouterr().err == "README.md is not as generated, expected what `make docs` writes\n"
+
+
+def test_with_write_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "README.md"
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "generated", lambda: {path: "another text"})
+    monkeypatch.setattr("sys.argv", ["docs", "--write"])
+    assert docs.main() == 0
+    assert path.read_text() == "another text"
+
+
+@pytest.mark.parametrize(
+    ("value", "pattern", "expected"),
+    [
+        (33554432, "(B|KiB|MiB|GiB)", "32MiB"),
+        (1000, "(B|KiB|MiB|GiB)", "1000B"),
+        (3600.0, "(ms|s|m|h|d)", "1h"),
+        (120.0, "(ms|s|m|h|d)", "2m"),
+        (2.5, "(ms|s|m|h|d)", "2500ms"),
+        ("UTC", "", "UTC"),
+    ],
+)
+def test_defaults_are_written_as_in_a_document(value: object, pattern: str, expected: object) -> None:
+    assert docs.measured(value, pattern) == expected
+
+
+def test_the_settings_table_has_every_variable_and_no_secret_default() -> None:
+    assert re.findall(r"`GATEWAY_(\w+)`", docs.settings()) == [setting.name.upper() for setting in fields(Settings)]
+
+
+def defaults(node: Any) -> Any:
+    """Each member of the language that has a default, as a document with that default."""
+    for found in docs._objects(node):
+        for name, member in found.get("properties", {}).items():
+            if "default" in member:
+                yield name, member["default"]
+
+
+def test_the_defaults_that_are_told_are_what_holds() -> None:
+    """A document that writes all defaults of gateway: is the same as one that writes none."""
+    told = dict(defaults(docs.schema()["$defs"]["GatewayPolicy"] | {"title": ""}))
+    assert set(told) == {"schema", "max_body", "reserve", "time_zone"}
+    assert Documents.model_validate({"gateway": told}) == Documents.model_validate({"gateway": {}})
+    times = dict(defaults(docs.schema()["$defs"]["Timeouts"]))
+    assert times == {"connect": "2s", "first_byte": "2m", "idle": "1m", "total": "1h"}
+
+
+@pytest.mark.parametrize("path", sorted((docs.ROOT / "policies").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_policies_tell_editors_where_the_schema_is_and_hold_to_it(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    holds(yaml.safe_load(text), docs.schema(), docs.schema()["$defs"], path.name)
+
+
+def holds(value: Any, node: Any, definitions: Any, at: str) -> None:
+    """So much of JSON Schema as the language uses: what an editor would not underline."""
+    if "$ref" in node:
+        node = definitions[node["$ref"].rpartition("/")[2]]
+    if "anyOf" in node:
+        node = next(option for option in node["anyOf"] if option.get("type") != "null")
+    match node["type"]:
+        case "object":
+            patterns = node.get("patternProperties", {})
+            assert node["additionalProperties"] is False, at
+            for name, inner in value.items():
+                named = [part for pattern, part in patterns.items() if re.search(pattern, name)]
+                holds(inner, node.get("properties", {}).get(name) or named[0], definitions, f"{at}.{name}")
+            assert set(node.get("required", ())) <= set(value), at
+        case "array":
+            assert len(value) >= node.get("minItems", 0), at
+            for i, inner in enumerate(value):
+                holds(inner, node["items"], definitions, f"{at}[{i}]")
+        case "string":
+            assert isinstance(value, str), at
+            assert re.search(node.get("pattern", ""), value), at
+            assert value in node.get("enum", [value]), at
+        case kind:
+            assert isinstance(value, {"integer": int, "number": int | float}[kind]), at
+            assert node.get("minimum", value) <= value <= node.get("maximum", value), at

@@ -1,0 +1,679 @@
+"""What backends are asked: the rules T1 to T31 of the API's conventions, model families, and bytes that stay."""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import policy
+from gateway.errors import BadRequest, GatewayError, Invalid, NotFound
+from gateway.normalize import MAX_BOUND, InferenceRequest, normalize
+from gateway.policy import Snapshot
+
+POLICIES = Path(__file__).parent.parent / "policies"
+FAMILIES = ("qwen3", "minimax-m2", "deepseek-v3", "glm-4.5", "glm-4.6", "glm-4.7", "gpt-oss", "kimi-k2")
+
+
+def snapshot(schema: str) -> Snapshot:
+    """The families of the real documents, each with a model at either kind of backend, and models of no family."""
+    models = {
+        "plain": {"pool": "fireworks", "max_output_tokens": 100},
+        "open": {"pool": "openai", "max_output_tokens": 100},
+        "accounts/acme/models/long": {"pool": "fireworks", "aliases": ["short"], "max_output_tokens": 100},
+        "renamed": {"pool": "openai", "upstream_model": "vendor/name", "aliases": ["other", "vendor/name"]},
+        **{f"fireworks/{family}": {"pool": "fireworks", "family": family} for family in FAMILIES},
+        **{f"openai/{family}": {"pool": "openai", "family": family} for family in FAMILIES},
+    }
+    upstreams = [{"url": "http://127.0.0.1:1"}]
+    documents = {
+        "gateway": {"schema": schema},
+        "models": models,
+        "pools": {api: {"api": api, "upstreams": upstreams} for api in ("fireworks", "openai")},
+    }
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "families.yaml").write_text((POLICIES / "families.yaml").read_text())
+        (Path(directory) / "models.yaml").write_text(json.dumps(documents))
+        return policy.load(Path(directory))
+
+
+STRICT, LENIENT = snapshot("strict"), snapshot("lenient")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An expected refusal: its status, the member at fault, and words of its text."""
+
+    status: int
+    param: str | None
+    words: str
+
+
+def ask(body: dict[str, Any] | bytes, endpoint: str = "completions", policies: Snapshot = STRICT) -> InferenceRequest:
+    return normalize(endpoint, body if isinstance(body, bytes) else json.dumps(body).encode(), policies)
+
+
+def refusal(body: dict[str, Any] | bytes, endpoint: str = "completions", policies: Snapshot = STRICT) -> GatewayError:
+    with pytest.raises((BadRequest, Invalid, NotFound)) as refused:
+        ask(body, endpoint, policies)
+    return refused.value
+
+
+# — T1 to T31
+
+OPEN, CHAT, LOOSE = {"model": "open"}, {"endpoint": "chat/completions"}, {"policies": LENIENT}
+GPT_OSS, MINIMAX = {"model": "fireworks/gpt-oss"}, {"model": "fireworks/minimax-m2"}
+SAME: dict[str, Any] = {"the body": "is the object that came"}
+
+
+def together(alias: str) -> Refused:
+    return Refused(422, alias, f"{alias}: cannot be specified together with")
+
+
+def wrong(param: str, words: str = "expected") -> Refused:
+    return Refused(422, param, words)
+
+
+def part(kind: str, **members: Any) -> dict[str, Any]:
+    return {"type": kind, **members}
+
+
+TEXTS = [part("text", text="te"), part("text", text="xt")]
+BOTH = {"thinking": part("enabled"), "reasoning_effort": True}
+
+# Name, members given, and what follows: the members that go upstream, SAME, or a refusal. Then who is asked, and how.
+RULES: list[tuple[str, dict[str, Any], dict[str, Any] | Refused, dict[str, Any]]] = [
+    ("T1", {"max_completion_tokens": 7}, {"max_tokens": 7}, {}),
+    ("T1 chat", {"max_completion_tokens": 7}, {"max_tokens": 7}, CHAT),
+    ("T1 openai keeps it", {"max_completion_tokens": 7}, SAME, OPEN),
+    ("T2 different", {"max_completion_tokens": 7, "max_tokens": 8}, together("max_completion_tokens"), {}),
+    ("T2 equal", {"max_tokens": 7, "max_completion_tokens": 7}, together("max_completion_tokens"), {}),
+    ("T2 zero", {"max_tokens": 0, "max_completion_tokens": 0}, together("max_completion_tokens"), {}),
+    ("T2 openai", {"max_tokens": 7, "max_completion_tokens": 7}, together("max_completion_tokens"), OPEN),
+    ("T2 chat", {"max_tokens": 7, "max_completion_tokens": 7}, together("max_completion_tokens"), CHAT),
+    ("T3 alias null", {"max_completion_tokens": None, "max_tokens": 5}, {"max_tokens": 5}, {}),
+    ("T3 name null", {"max_completion_tokens": 5, "max_tokens": None}, {"max_tokens": 5}, {}),
+    ("T3 name null first", {"max_tokens": None, "max_completion_tokens": 5}, {"max_tokens": 5}, {}),
+    ("T3 both null", {"max_completion_tokens": None, "max_tokens": None}, {}, {}),
+    ("T3 alias alone null", {"max_completion_tokens": None}, {}, {}),
+    ("T3 name alone null", {"max_tokens": None}, SAME, {}),
+    ("T3 openai keeps nulls", {"max_completion_tokens": None, "max_tokens": 5}, SAME, OPEN),
+    ("T4 true", {"max_tokens": True}, wrong("max_tokens", "found true, expected an integer"), {}),
+    ("T4 string", {"max_tokens": "5"}, wrong("max_tokens"), {}),
+    ("T4 negative", {"max_tokens": -1}, wrong("max_tokens"), {}),
+    ("T4 alias false", {"max_completion_tokens": False}, wrong("max_completion_tokens", "found false"), {}),
+    ("T4 alias negative", {"max_completion_tokens": -1}, wrong("max_completion_tokens"), {}),
+    ("T4 zero with echo", {"max_tokens": 0, "echo": True}, SAME, {}),
+    ("T4 chat", {"max_tokens": True}, wrong("max_tokens"), CHAT),
+    ("T5 default", {"max_tokens": 10**9}, SAME, {}),
+    ("T5 error", {"max_tokens": 10**9, "context_length_exceeded_behavior": "error"}, SAME, {}),
+    ("T6", {"prediction": "text"}, {"speculation": "text"}, {}),
+    ("T6 empty", {"prediction": ""}, {"speculation": ""}, {}),
+    ("T6 openai keeps it", {"prediction": "text"}, SAME, OPEN),
+    ("T7 with type", {"prediction": part("content", content="text")}, {"speculation": "text"}, {}),
+    ("T7 without", {"prediction": {"content": "text"}}, {"speculation": "text"}, {}),
+    ("T7 openai keeps it", {"prediction": part("content", content="text")}, SAME, OPEN),
+    ("T8", {"prediction": {"content": TEXTS}}, {"speculation": "text"}, {}),
+    ("T8 escapes", {"prediction": {"content": [part("text", text='"\n\\é😀')]}}, {"speculation": '"\n\\é😀'}, {}),
+    (
+        "T8 image",
+        {"prediction": {"content": [*TEXTS, part("image_url", image_url={"url": "u"})]}},
+        wrong("prediction.content[2].type"),
+        {},
+    ),
+    (
+        "T8 text and image",
+        {"prediction": {"content": [part("text", text="t", image_url={"url": "u"})]}},
+        wrong("prediction.content[0].image_url"),
+        {},
+    ),
+    ("T8 null", {"prediction": {"content": [part("text", text=None)]}}, wrong("prediction.content[0].text"), {}),
+    ("T8 no text", {"prediction": {"content": [part("text")]}}, wrong("prediction.content[0].text", "is missing"), {}),
+    ("T9 type", {"prediction": part("text", content="text")}, wrong("prediction.type"), {}),
+    ("T9 no content", {"prediction": part("content")}, wrong("prediction.content", "is missing"), {}),
+    ("T9 extra", {"prediction": {"content": "a", "x": 1}}, wrong("prediction.x", "Extra inputs are not permitted"), {}),
+    (
+        "T9 extra, lenient",
+        {"prediction": {"content": "a", "x": 1}},
+        wrong("prediction.x", "Extra inputs are not permitted"),
+        LOOSE,
+    ),
+    ("T10", {"prediction": "a", "speculation": "a"}, together("prediction"), {}),
+    ("T10 openai", {"prediction": "a", "speculation": [1]}, together("prediction"), OPEN),
+    ("T10 one null", {"prediction": None, "speculation": "a"}, {"speculation": "a"}, {}),
+    ("T10 other null", {"prediction": "a", "speculation": None}, {"speculation": "a"}, {}),
+    ("T11", {"speculation": [1, 2, 2**70]}, SAME, {}),
+    ("T12", {"thinking": part("enabled")}, {"reasoning_effort": "medium"}, {}),
+    ("T12 null budget", {"thinking": part("enabled", budget_tokens=None)}, {"reasoning_effort": "medium"}, {}),
+    ("T12 openai too", {"thinking": part("enabled")}, {"reasoning_effort": "medium"}, OPEN),
+    ("T12 chat", {"thinking": part("enabled")}, {"reasoning_effort": "medium"}, CHAT),
+    ("T13 least", {"thinking": part("enabled", budget_tokens=1024)}, {"reasoning_effort": 1024}, {}),
+    ("T13 huge", {"thinking": part("enabled", budget_tokens=2**70)}, {"reasoning_effort": 2**70}, {}),
+    *(
+        (f"T13 {budget}", {"thinking": part("enabled", budget_tokens=budget)}, wrong("thinking.budget_tokens"), {})
+        for budget in (1023, 0, -1, True, False)
+    ),
+    ("T14", {"thinking": part("disabled")}, {"reasoning_effort": "none"}, {}),
+    (
+        "T14 budget",
+        {"thinking": part("disabled", budget_tokens=2048)},
+        wrong("thinking.budget_tokens", "Extra inputs"),
+        {},
+    ),
+    ("T14 unknown type", {"thinking": part("auto")}, wrong("thinking.type", 'found "auto", expected "enabled"'), {}),
+    ("T14 no type", {"thinking": {}}, wrong("thinking.type", "is missing"), {}),
+    ("T15", BOTH, together("thinking"), {}),
+    ("T15 equivalent", {"thinking": part("disabled"), "reasoning_effort": "none"}, together("thinking"), {}),
+    ("T15 openai", BOTH, together("thinking"), OPEN),
+    ("T15 thinking null", {"thinking": None, "reasoning_effort": True}, {"reasoning_effort": "medium"}, {}),
+    ("T15 effort null", {"thinking": part("enabled"), "reasoning_effort": None}, {"reasoning_effort": "medium"}, {}),
+    ("T15 both null", {"thinking": None, "reasoning_effort": None}, {}, {}),
+    ("T16 true", {"reasoning_effort": True}, {"reasoning_effort": "medium"}, {}),
+    ("T16 false", {"reasoning_effort": False}, {"reasoning_effort": "none"}, {}),
+    ("T16 openai too", {"reasoning_effort": False}, {"reasoning_effort": "none"}, OPEN),
+    (
+        "T16 says none",
+        {"reasoning_effort": False},
+        wrong("reasoning_effort", "Invalid reasoning effort: none"),
+        GPT_OSS,
+    ),
+    ("T17 one", {"reasoning_effort": 1}, SAME, {}),
+    ("T17 zero", {"reasoning_effort": 0}, wrong("reasoning_effort"), {}),
+    ("T17 negative", {"reasoning_effort": -1}, wrong("reasoning_effort"), {}),
+    *((f"T18 {word}", {"reasoning_effort": word}, SAME, {}) for word in ("low", "medium", "high", "none")),
+    *(
+        (f"T18 {word!r}", {"reasoning_effort": word}, wrong("reasoning_effort"), {})
+        for word in ("", "MEDIUM", "lowest")
+    ),
+    ("T19", {}, SAME, {}),
+    ("T19 null", {"thinking": None}, {}, {}),
+    ("T19 openai null", {"thinking": None}, {}, OPEN),
+    ("T20", {"reasoning_effort": True}, wrong("reasoning_effort", "Invalid reasoning effort: true"), MINIMAX),
+    ("T20 thinking", {"thinking": part("enabled")}, wrong("thinking", "Invalid reasoning effort: true"), MINIMAX),
+    ("T21", {"thinking": part("disabled")}, wrong("thinking", "Invalid reasoning effort: none"), GPT_OSS),
+    (
+        "T21 budget",
+        {"thinking": part("enabled", budget_tokens=2048)},
+        wrong("thinking", "Invalid reasoning effort: 2048"),
+        GPT_OSS,
+    ),
+    ("T22 four", {"stop": ["a", "b", "c", "d"]}, SAME, {}),
+    ("T22 five", {"stop": ["a", "b", "c", "d", "e"]}, wrong("stop", "at most 4"), {}),
+    *((f"T23 {n}", {"n": n}, wrong("n", "from 1 to 128"), {}) for n in (0, 129, None)),
+    ("T23 most", {"n": 128}, SAME, {}),
+    ("T24", {"top_logprobs": 6}, wrong("top_logprobs"), {}),
+    ("T24 five", {"top_logprobs": 5}, SAME, {}),
+    ("T25", {"logprobs": 6}, wrong("logprobs"), {}),
+    *((f"T25 {given}", {"logprobs": given}, SAME, {}) for given in (True, False, 0, 5)),
+    (
+        "T26",
+        {"promptCacheKey": "k"},
+        wrong("promptCacheKey", "Extra inputs are not permitted, field: 'promptCacheKey'"),
+        {},
+    ),
+    ("T26 openai's own", {"best_of": 2}, wrong("best_of", "field: 'best_of'"), {}),
+    ("T26 lenient", {"promptCacheKey": "k", "best_of": 2}, SAME, LOOSE),
+    ("T26 chat", {"promptCacheKey": "k", "best_of": 2}, SAME, CHAT),
+    ("T27", {"metadata": {"a": 1}}, wrong("metadata"), {}),
+    ("T27 strings", {"metadata": {"a": "1"}}, SAME, {}),
+    ("T28 no schema", {"response_format": part("json_schema")}, wrong("response_format.json_schema", "is missing"), {}),
+    ("T28 schema", {"response_format": part("json_schema", json_schema={"type": "object"})}, SAME, {}),
+    ("T28 type", {"response_format": part("yaml")}, wrong("response_format.type"), {}),
+    ("T29 null", {"prompt": None}, wrong("prompt", "found null, expected a string or a non-empty array"), {}),
+    ("T29 empty", {"prompt": []}, wrong("prompt"), {}),
+    ("T29 mixed", {"prompt": ["a", 1]}, wrong("prompt"), {}),
+    ("T29 mixed tokens", {"prompt": [1, [2]]}, wrong("prompt"), {}),
+    ("T30 low end", {"temperature": 0, "top_p": 0, "frequency_penalty": -2, "top_k": 0}, SAME, {}),
+    ("T30 high end", {"temperature": 2, "top_p": 1, "frequency_penalty": 2.0, "top_k": 100}, SAME, {}),
+    ("T30 over", {"temperature": 2.0001}, wrong("temperature", "found 2.0001, expected a number from 0 to 2"), {}),
+    ("T30 NaN", {"temperature": float("nan")}, Refused(400, None, "no JSON object"), {}),
+    ("T30 Infinity", {"temperature": float("-inf")}, Refused(400, None, "no JSON object"), {}),
+    ("T30 NaN unread", {"x": float("nan")}, Refused(400, None, "no JSON object"), LOOSE),
+]
+
+
+@pytest.mark.parametrize(("members", "expected", "how"), [pytest.param(*row[1:], id=row[0]) for row in RULES])
+def test_rule(members: dict[str, Any], expected: dict[str, Any] | Refused, how: dict[str, Any]) -> None:
+    how = dict(how)
+    endpoint = how.get("endpoint", "completions")
+    needed = {"prompt": "p"} if endpoint == "completions" else {"messages": [{"role": "user", "content": "p"}]}
+    base = {"model": how.pop("model", "plain"), **needed}
+    body = json.dumps({**base, **members}).encode()
+    if isinstance(expected, Refused):
+        refused = refusal(body, **how)
+        assert (refused.status, refused.param) == (expected.status, expected.param)
+        assert expected.words in refused.message
+    elif expected is SAME:
+        assert ask(body, **how).body is body
+    else:
+        assert json.loads(ask(body, **how).body) == {**base, **expected}
+
+
+def test_every_rule_has_its_rows() -> None:
+    told = {row[0].split()[0] for row in RULES} | {"T31"}  # T31: bytes, below
+    assert told == {f"T{i}" for i in range(1, 32)}
+
+
+# — T31: bytes
+
+UNTOUCHED = [
+    b'{"model":"plain","prompt":"p","seed":1180591620717411303424,"temperature":1e-7}',
+    b' {\n\t"prompt" : "caf\\u00e9 \\ud83d\\ude00 \\/" ,"model":"plain" ,\r\n "top_p":1.0E-0}\n ',
+    '{"prompt":"日本 é","model":"plain","logit_bias":{"5":-0.0}}'.encode(),
+    b'{"mod\\u0065l":"pl\\u0061in","prompt":[1, 2]}',
+    b'{"model":"plain","prompt":"p","max_tokens":null,"reasoning_effort":null}',
+]
+
+
+@pytest.mark.parametrize("body", UNTOUCHED)
+def test_t31_a_body_that_needs_nothing_is_the_very_same_object(body: bytes) -> None:
+    assert ask(body).body is body
+
+
+REWRITTEN = [
+    (
+        b'{"seed":1180591620717411303424,"model":"short","temperature":1e-7,"prompt":"caf\\u00e9"}',
+        b'{"seed":1180591620717411303424,"model":"accounts/acme/models/long","temperature":1e-7,"prompt":"caf\\u00e9"}',
+    ),
+    (
+        b'{\n  "model": "plain",\n  "max_completion_tokens": 1180591620717411303424,\n  "prompt": "p"\n}\n',
+        b'{\n  "model": "plain","max_tokens":1180591620717411303424,\n  "prompt": "p"\n}\n',
+    ),
+    (
+        b'{"max_tokens":null,"prompt":"p","max_completion_tokens":05,"model":"plain"}'.replace(b"05", b"5"),
+        b'{"prompt":"p","max_tokens":5,"model":"plain"}',
+    ),
+    (
+        b'{"thinking":null,"prompt":"a\\"},{\\"b\\":\\\\","prediction":"\\u00e9\\n","model":"plain","thin\\u0020g":[{"a":1}]}',
+        b'{"prompt":"a\\"},{\\"b\\":\\\\","speculation":"\\u00e9\\n","model":"plain","thin\\u0020g":[{"a":1}]}',
+    ),
+    (
+        b'{"model":"plain","prompt":"p","prediction":{"type":"content","content":"\\u00e9"},"thinking":{"type":"enabled"}}',
+        b'{"model":"plain","prompt":"p","speculation":"\\u00e9","reasoning_effort":"medium"}',
+    ),
+    (
+        b'{"x":1,"model":"other","x":1E+2,"prompt":"p","max_completion_tokens": 5,"reasoning_effort":false ,"\\"":0}',
+        (
+            b'{"x":1,"model":"vendor/name","x":1E+2,"prompt":"p","max_completion_tokens": 5,'
+            b'"reasoning_effort":"none" ,"\\"":0}'
+        ),
+    ),
+    (
+        b' { "thinking" : null , "model":"plain", "prompt":"p" } ',
+        b'{ "model":"plain", "prompt":"p" } ',
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), REWRITTEN)
+def test_t31_only_what_changes_is_spliced_and_in_its_place(body: bytes, expected: bytes) -> None:
+    assert ask(body, policies=LENIENT).body == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model", "prompt", "stream", "n", "max_tokens", "max_completion_tokens", "prediction", "speculation", "user"),
+        *("thinking", "reasoning_effort", "reasoning_history"),
+    ],
+)
+@pytest.mark.parametrize("escaped", [False, True])
+def test_t31_a_member_that_is_read_may_not_stand_twice(name: str, escaped: bool) -> None:
+    again = f"\\u{ord(name[0]):04x}{name[1:]}" if escaped else name
+    body = b'{"%s":null,"model":"plain","prompt":"p","%s":null}' % (name.encode(), again.encode())
+    refused = refusal(body, policies=LENIENT)
+    assert (refused.status, refused.param) == (400, name)
+    assert f"{name} stands twice" in refused.message
+
+
+def test_t31_chat_refuses_what_it_reads_twice_and_only_that() -> None:
+    body = b'{"model":"plain","stop":1,"stop":2,"messages":[{}]%s}'
+    assert ask(body % b"", "chat/completions").body == body % b""
+    assert refusal(body % b',"tools":[],"tools":[]', "chat/completions").param == "tools"
+
+
+# — model families, a row for each cell of the reference's table
+
+EVERY = {"none", "false", "true", "low", "medium", "high", "integer"}
+TAKEN = {
+    "qwen3": EVERY,
+    "minimax-m2": {"low", "medium", "high"},
+    "deepseek-v3": EVERY,
+    "glm-4.5": EVERY,
+    "glm-4.6": EVERY,
+    "glm-4.7": EVERY,
+    "gpt-oss": {"true", "low", "medium", "high"},
+    "kimi-k2": EVERY,
+}
+SUPPORTED = {"minimax-m2": "low, medium, high", "gpt-oss": "low, medium, high, true"}
+# A cell, the members that ask for it, and what goes upstream.
+ASKED: list[tuple[str, dict[str, Any], str | int]] = [
+    ("none", {"reasoning_effort": "none"}, "none"),
+    ("none", {"thinking": {"type": "disabled"}}, "none"),
+    ("false", {"reasoning_effort": False}, "none"),
+    ("true", {"reasoning_effort": True}, "medium"),
+    ("true", {"thinking": {"type": "enabled"}}, "medium"),
+    ("low", {"reasoning_effort": "low"}, "low"),
+    ("medium", {"reasoning_effort": "medium"}, "medium"),
+    ("high", {"reasoning_effort": "high"}, "high"),
+    ("integer", {"reasoning_effort": 1}, 1),
+    ("integer", {"thinking": {"type": "enabled", "budget_tokens": 2048}}, 2048),
+]
+TOLD = {"none": "none", "false": "none", "true": "true"}
+HISTORIES = {
+    "minimax-m2": {"disabled", "interleaved"},
+    "glm-4.6": {"disabled", "interleaved"},
+}
+
+
+@pytest.mark.parametrize("pool", ["fireworks", "openai"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("cell", "members", "upstream"), ASKED)
+def test_a_family_takes_an_effort_or_says_what_it_takes(
+    pool: str, family: str, cell: str, members: dict[str, Any], upstream: str | int
+) -> None:
+    body = {"model": f"{pool}/{family}", "prompt": "p", **members}
+    if cell in TAKEN[family]:
+        assert json.loads(ask(body).body) == {
+            "model": f"{pool}/{family}",
+            "prompt": "p",
+            "reasoning_effort": upstream,
+        }
+    else:
+        refused = refusal(body)
+        told = TOLD.get(cell, str(upstream))
+        assert refused.message == (f"Invalid reasoning effort: {told}, {pool}/{family} supports {SUPPORTED[family]}")
+        assert (refused.status, refused.param) == (422, *members)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("history", ["disabled", "interleaved", "preserved", None])
+def test_a_family_takes_a_history_or_says_what_it_takes(family: str, history: str | None) -> None:
+    body = json.dumps({"model": f"fireworks/{family}", "prompt": "p", "reasoning_history": history}).encode()
+    if history is None or history in HISTORIES.get(family, {history}):
+        assert ask(body).body is body
+    else:
+        assert refusal(body).message == (
+            f"reasoning_history: found {history}, fireworks/{family} supports disabled, interleaved"
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_left_out_is_left_to_the_model(family: str) -> None:
+    body = b'{"model":"fireworks/%s","prompt":"p"}' % family.encode()
+    assert ask(body).body is body
+
+
+def test_the_families_of_the_documents_hold_for_their_models() -> None:
+    real = policy.load(POLICIES)
+    assert {model.family.name for model in real.public_models if model.family is not None} <= set(FAMILIES)
+    refused = refusal({"model": "gpt-oss-120b", "prompt": "p", "reasoning_effort": False}, policies=real)
+    assert refused.message == (
+        "Invalid reasoning effort: none, accounts/fireworks/models/gpt-oss-120b supports low, medium, high, true"
+    )
+    asked = ask({"model": "qwen3-8b", "prompt": "p"}, policies=real)
+    assert json.loads(asked.body)["model"] == asked.model.name == "accounts/fireworks/models/qwen3-8b"
+
+
+def test_family_and_contract_are_told_at_once() -> None:
+    refused = refusal({"model": "fireworks/glm-4.6", "prompt": 5, "reasoning_history": "preserved", "x": 1, "n": 0})
+    assert isinstance(refused, Invalid)
+    assert [problem.path for problem in refused.problems] == ["prompt", "n", "x", "reasoning_history"]
+
+
+# — the other words of a request
+
+
+def test_a_request_says_what_is_asked_of_whom() -> None:
+    body = b'{"model":"short","prompt":"abcde","stream":true,"user":"u","max_tokens":7}'
+    assert ask(body) == InferenceRequest(
+        endpoint="completions",
+        path="/v1/completions",
+        model=STRICT.models["accounts/acme/models/long"],
+        asked_model="short",
+        body=body.replace(b"short", b"accounts/acme/models/long"),
+        stream=True,
+        user="u",
+        input_estimate=2,
+        output_bound=7,
+    )
+
+
+def test_a_chat_is_estimated_by_its_messages_and_tools() -> None:
+    messages, tools = [{"role": "user", "content": "x" * 100}], [{"type": "function"}]
+    asked = ask({"model": "plain", "messages": messages, "tools": tools}, "chat/completions")
+    assert asked.path == "/v1/chat/completions"
+    assert asked.input_estimate == -(-(len(json.dumps(messages)) + len(json.dumps(tools))) // 4)
+    assert (asked.stream, asked.user, asked.output_bound) == (False, None, 100)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({}, 100),
+        ({"max_tokens": 7}, 7),
+        ({"max_tokens": 0, "echo": True}, 0),
+        ({"max_tokens": None}, 100),
+        ({"max_completion_tokens": 7}, 7),
+        ({"max_tokens": None, "max_completion_tokens": 0}, 0),
+        ({"max_tokens": 7, "n": 3}, 21),
+        ({"max_tokens": 7, "n": 3, "prompt": ["a", "b"]}, 42),
+        ({"n": 2, "prompt": [[1, 2], [3], [4]]}, 600),
+        ({"prompt": [1, 2, 3]}, 100),
+        ({"max_tokens": 2**70}, MAX_BOUND),
+        ({"max_tokens": 10**4000, "n": 128}, MAX_BOUND),
+    ],
+)
+def test_the_output_is_bound_over_all_prompts_and_choices(members: dict[str, Any], expected: int) -> None:
+    assert ask({"model": "plain", "prompt": "p", **members}).output_bound == expected
+    assert ask({"model": "open", "prompt": "p", **members}).output_bound == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "upstream"),
+    [
+        ("short", "accounts/acme/models/long"),
+        ("accounts/acme/models/long", "accounts/acme/models/long"),
+        ("renamed", "vendor/name"),
+        ("other", "vendor/name"),
+        ("vendor/name", "vendor/name"),
+    ],
+)
+def test_a_backend_is_asked_by_the_name_it_knows(asked: str, upstream: str) -> None:
+    body = json.dumps({"model": asked, "prompt": "p"}).encode()
+    request = ask(body)
+    assert (request.asked_model, json.loads(request.body)["model"]) == (asked, upstream)
+    assert (request.body is body) == (asked == upstream)
+
+
+@pytest.mark.parametrize(("stream", "expected"), [(True, True), (False, False), (None, False)])
+def test_a_stream_is_what_asks_for_one(stream: bool | None, expected: bool) -> None:
+    assert ask({"model": "plain", "prompt": "p", "stream": stream}).stream is expected
+
+
+@pytest.mark.parametrize("name", ["gone", "", "plain ", "x" * 10_000])
+def test_an_unknown_model_is_not_found_and_named_in_short(name: str) -> None:
+    refused = refusal({"model": name, "prompt": "p"})
+    assert isinstance(refused, NotFound)
+    assert (refused.status, refused.code, refused.param) == (404, "model_not_found", "model")
+    assert refused.message.startswith(f'Model not found, inaccessible, and/or not deployed: "{name[:200]}')
+    assert len(refused.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "missing"),
+    [("completions", ["model", "prompt"]), ("chat/completions", ["model", "messages"])],
+)
+def test_what_a_request_cannot_be_without(endpoint: str, missing: list[str]) -> None:
+    refused = refusal({}, endpoint)
+    assert isinstance(refused, Invalid)
+    assert [problem.path for problem in refused.problems] == missing
+
+
+BOMBS = [
+    b'{"x":' * 100_000 + b"1" + b"}" * 100_000,
+    b'{"model":"plain","prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b"[" * 100_000,
+    b'{"model":"plain","prompt":"p","x":' + b"9" * 5000 + b"}",
+    *(
+        b'{"model":"plain","prompt":"p","%s":%s}' % (name, b"9" * 5000)
+        for name in (b"max_tokens", b"seed", b"temperature")
+    ),
+    b'{"model":"plain","prompt":"p","reasoning_effort":' + b"9" * 5000 + b"}",
+    b'{"model":"plain","prompt":"p","thinking":{"type":"enabled","budget_tokens":' + b"9" * 5000 + b"}}",
+    b'{"model":"fireworks/gpt-oss","prompt":"p","reasoning_effort":' + b"9" * 4300 + b"}",
+    b'{"model":"plain","prompt":[' + b"9" * 5000 + b"]}",
+    b'{"model":"plain","prompt":"p","temperature":1e999999}',
+    b'{"model":"plain","prompt":"p",' + b",".join(b'"x%d":1' % i for i in range(5_000)) + b"}",
+    b'{"model":"plain","prompt":"p",' + b",".join(b'"x%d":1' % i for i in range(200_000)) + b"}",
+    b'{"model":"plain","prompt":"p","metadata":{' + b",".join(b'"x%d":1' % i for i in range(50_000)) + b"}}",
+    b'{"model":"plain","prompt":[' + b",".join([b"[1]"] * 50_000) + b"]}",
+    b'{"model":"plain","prompt":["' + b"\\u0000" * 100_000 + b'"]}',
+]
+
+
+@pytest.mark.parametrize("policies", [STRICT, LENIENT], ids=["strict", "lenient"])
+@pytest.mark.parametrize("body", BOMBS, ids=range(len(BOMBS)))
+def test_a_bomb_passes_untouched_or_is_refused_in_short(body: bytes, policies: Snapshot) -> None:
+    try:
+        assert ask(body, policies=policies).body is body
+    except (BadRequest, Invalid) as refused:
+        answer = refused.render()[2]
+        assert len(answer) < 10_000
+
+
+# — any body at all
+
+RAW = st.recursive(
+    st.sampled_from(
+        ["1", "-0", "1e-7", "1E+5", "1180591620717411303424", "0.10", "true", "null", '"\\u00e9\\/"', '"é😀"']
+    )
+    | st.text(max_size=5).map(json.dumps)
+    | st.integers().map(str),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: "[ " + " ,".join(items) + "]")
+        | st.dictionaries(st.text(string.ascii_letters, max_size=3), inner, max_size=3).map(
+            lambda items: "{" + ", ".join(f'"{name}" :{value}' for name, value in items.items()) + " }"
+        )
+    ),
+    max_leaves=6,
+)
+BLANKS = st.sampled_from(["", "", " ", "\n  ", "\t\r\n"])
+TOKENS = st.sampled_from(["null", "0", "7", str(2**70)])
+PREDICTIONS = st.sampled_from(
+    ["null", '"t\\u00e9"', '{"content": "t"}', '{"content":[{"type":"text","text":"a"},{"text":"b","type":"text"}]}']
+)
+THOUGHTS = st.sampled_from(
+    [
+        *("null", '{"type":"enabled"}', '{"type":"disabled"}'),
+        *('{"type":"enabled","budget_tokens":null}', '{"budget_tokens" : 4096,"type":"enabled"}'),
+    ]
+)
+EFFORTS = st.sampled_from(["null", "true", "false", '"low"', "12"])
+
+
+def pairs(alias: str, aliased: st.SearchStrategy[str], name: str, named: st.SearchStrategy[str]) -> Any:
+    """An alias and its name, either of them null or left out."""
+    null = st.just("null")
+    return st.fixed_dictionaries({}, optional={alias: aliased, name: null}) | st.fixed_dictionaries(
+        {}, optional={alias: null, name: named}
+    )
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
+    """A body, and its members: names and values as they are written."""
+    members = {
+        "model": json.dumps(draw(st.sampled_from(["plain", "open", "short", "other"]))),
+        "prompt": '"p\\u00e9"',
+        **draw(pairs("max_completion_tokens", TOKENS, "max_tokens", TOKENS)),
+        **draw(pairs("prediction", PREDICTIONS, "speculation", st.sampled_from(['"s"', "[1, 2]"]))),
+        **draw(pairs("thinking", THOUGHTS, "reasoning_effort", EFFORTS)),
+        **{f"x{name}": value for name, value in draw(st.dictionaries(st.text(max_size=4), RAW, max_size=4)).items()},
+    }
+    names = draw(st.permutations(list(members)))
+    blank = [draw(BLANKS) for _ in range(4)]
+    written = (f"{blank[0]}{json.dumps(name)}{blank[1]}:{blank[2]}{members[name]}{blank[3]}" for name in names)
+    return blank[0] + "{" + ",".join(written) + "}" + blank[1], {name: members[name] for name in names}
+
+
+STAND_FOR = {"max_completion_tokens": "max_tokens", "prediction": "speculation", "thinking": "reasoning_effort"}
+NAMES = {"short": "accounts/acme/models/long", "other": "vendor/name"}
+
+
+def by_the_rules(given: dict[str, Any]) -> dict[str, Any]:
+    """What the rules make of a body's members, in their order: the same thing told a second time."""
+    fireworks = given["model"] in ("plain", "short")
+    stand_for = STAND_FOR if fireworks else {"thinking": "reasoning_effort"}
+    replaced = {stand_for[name] for name in given if name in stand_for}
+    return {
+        stand_for.get(name, name): meant(name, value, fireworks)
+        for name, value in given.items()
+        if value is not None or (name not in stand_for and name not in replaced)
+    }
+
+
+def meant(name: str, value: Any, fireworks: bool) -> Any:
+    match name, value:
+        case "model", str():
+            return NAMES.get(value, value)
+        case ("thinking", {"type": "disabled"}) | ("reasoning_effort", False):
+            return "none"
+        case "thinking", {"budget_tokens": int(budget)}:
+            return budget
+        case ("thinking", {"type": "enabled"}) | ("reasoning_effort", True):
+            return "medium"
+        case "prediction", {"content": str(text)} if fireworks:
+            return text
+        case "prediction", {"content": list(parts)} if fireworks:
+            return "".join(part["text"] for part in parts)
+    return value
+
+
+@given(bodies())
+def test_any_body_follows_the_rules_and_keeps_all_other_bytes(drawn: tuple[str, dict[str, str]]) -> None:
+    text, members = drawn
+    body = text.encode()
+    out = ask(body, policies=LENIENT).body
+    expected = by_the_rules(json.loads(body))
+    assert list(json.loads(out).items()) == list(expected.items())
+    raw = {name: bytes(value) for name, value in msgspec.json.decode(out, type=dict[str, msgspec.Raw]).items()}
+    unread = {name: value.encode() for name, value in members.items() if name.startswith("x") or name == "prompt"}
+    assert {name: raw[name] for name in unread} == unread
+    if expected == json.loads(body):
+        assert out is body
+
+
+@given(RAW, st.sampled_from(["completions", "chat/completions"]), st.sampled_from(["model", "prompt", "messages"]))
+def test_no_body_is_a_surprise(value: str, endpoint: str, name: str) -> None:
+    members = {"model": '"plain"', "prompt": '"p"', "messages": "[1]", name: value}
+    for body in (value, "{" + ",".join(f'"{key}":{raw}' for key, raw in members.items()) + "}"):
+        try:
+            asked = ask(body.encode(), endpoint, LENIENT)
+        except (BadRequest, Invalid, NotFound):
+            continue
+        assert asked.input_estimate >= 1
+
+
+@given(st.binary(max_size=40))
+def test_no_bytes_are_a_surprise(body: bytes) -> None:
+    assert refusal(body).status in (400, 422)
+
+
+@given(st.binary(max_size=12), st.integers(0, 60))
+def test_no_damage_is_a_surprise(damage: bytes, at: int) -> None:
+    sound = b'{"model":"plain","prompt":"p","max_completion_tokens":5,"x":[1]}'
+    body = sound[:at] + damage + sound[at + len(damage) :]
+    try:
+        out = ask(body, policies=LENIENT).body
+    except (BadRequest, Invalid, NotFound):
+        return
+    assert json.loads(out) == by_the_rules(json.loads(body))

@@ -1,0 +1,511 @@
+"""The language of policies/: what a Snapshot answers to, and how every mistake reads."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.policy import Limit, LimitPolicy, PolicyError, Snapshot, load, matches
+
+SHIPPED = Path(__file__).parent.parent / "policies"
+
+MODELS = "models:\n  llama: {pool: demo}\n"
+POOLS = "pools:\n  demo: {upstreams: [{url: 'http://127.0.0.1:8000'}]}\n"
+PLANS = "plans:\n  free: {limits: []}\n"
+TEAMS = "teams:\n  red: {organisation: acme, plan: free}\n"
+
+
+def snapshot(folder: Path, **files: str) -> Snapshot:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return load(folder)
+
+
+def mistakes(folder: Path, **files: str) -> tuple[str, ...]:
+    with pytest.raises(PolicyError) as refused:
+        snapshot(folder, **files)
+    return refused.value.mistakes
+
+
+def limit(members: str) -> str:
+    """A document whose fourth line is a limit."""
+    return f"plans:\n  free:\n    limits:\n      - {{{members}}}\n"
+
+
+def test_the_shipped_policies_load() -> None:
+    shipped = load(SHIPPED)
+    assert [model.name.rpartition("/")[2] for model in shipped.public_models] == [
+        "llama-v2-7b",
+        "kimi-k2-instruct-0905",
+        "qwen3-8b",
+        "gpt-oss-120b",
+    ]
+    assert set(shipped.teams) == {"research", "support"}
+    assert shipped.teams["research"].limits[0].capacity == 100
+
+
+def test_a_model_answers_to_its_name_and_its_aliases(tmp_path: Path) -> None:
+    models = "models:\n  accounts/a/llama: {pool: demo, aliases: [llama, l], upstream_model: llama-7b}\n"
+    found = snapshot(tmp_path, models=models, pools=POOLS)
+    model = found.models["accounts/a/llama"]
+    assert found.models["llama"] is model
+    assert found.models["l"] is model
+    assert found.models.get("L") is None
+    assert found.public_models == (model,)
+    assert (model.upstream_name, model.api, model.max_output_tokens) == ("llama-7b", "fireworks", 8192)
+
+
+def test_what_is_left_out_has_the_defaults_of_the_language(tmp_path: Path) -> None:
+    found = snapshot(tmp_path, all=MODELS + POOLS + PLANS + TEAMS)
+    assert found.strict
+    assert (found.gateway.max_body, found.gateway.reserve, found.gateway.time_zone) == (33554432, "max", "UTC")
+    timeouts = found.pools["demo"].timeouts
+    assert (timeouts.connect, timeouts.first_byte, timeouts.idle, timeouts.total) == (2.0, 120.0, 60.0, 3600.0)
+    assert found.models["llama"].upstream_name == "llama"
+    assert found.teams["red"].may_use("llama")
+
+
+def test_prices_are_micro_dollars_per_million_tokens_and_cached_input_costs_as_input(tmp_path: Path) -> None:
+    models = "models:\n  llama: {pool: demo, price: {input: 0.15, output: 2.5}}\n"
+    model = snapshot(tmp_path, models=models, pools=POOLS).models["llama"]
+    assert (model.input_price, model.cached_input_price, model.output_price) == (150_000, 150_000, 2_500_000)
+
+
+def test_a_section_may_be_spread_over_files_and_the_revision_tells_documents_apart(tmp_path: Path) -> None:
+    more = "teams:\n  blue: {organisation: acme, plan: free}\n"
+    one = snapshot(tmp_path, all=MODELS + POOLS + PLANS + TEAMS)
+    two = snapshot(tmp_path, blue=more)
+    assert list(two.teams) == ["red", "blue"]
+    assert one.revision != two.revision
+    assert load(tmp_path).revision == two.revision
+
+
+def test_hidden_files_and_others_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / ".#all.yaml").symlink_to(tmp_path / "nowhere")  # what an editor leaves while a file is open
+    (tmp_path / "README.md").write_text("teams: [")
+    assert snapshot(tmp_path, all=POOLS).pools.keys() == {"demo"}
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ("rate: 600/minute", ("rate", 600, 600, 60_000_000)),
+        ("rate: 1_000 / hour, burst: 5", ("rate", 1000, 5, 3_600_000_000)),
+        ("quota: 50/month", ("quota", 50, 50, 0)),
+        ("at_most: 7", ("seats", 7, 7, 0)),
+    ],
+)
+def test_three_kinds_of_limit_become_amount_capacity_and_period(
+    tmp_path: Path, members: str, expected: tuple[object, ...]
+) -> None:
+    count = "concurrent_requests" if "at_most" in members else "requests"
+    document = limit(f"name: l, count: {count}, per: [team], {members}")
+    (found,) = snapshot(tmp_path, all=document + TEAMS).teams["red"].limits
+    assert (found.kind, found.amount, found.capacity, found.period) == expected
+
+
+def test_dollars_are_counted_in_micro_dollars() -> None:
+    policy = LimitPolicy.model_validate({"name": "l", "count": "usd", "rate": "2/day", "burst": 3, "per": ["team"]})
+    found = Limit.of(policy, "UTC")
+    assert (found.amount, found.capacity) == (2_000_000, 3_000_000)
+
+
+def test_a_quota_without_a_time_zone_has_the_gateways(tmp_path: Path) -> None:
+    both = "name: a, count: requests, quota: 1/day, per: [team]}\n      - {name: b, time_zone: Asia/Tokyo, "
+    document = limit(both + "count: requests, quota: 1/day, per: [team]")
+    found = snapshot(tmp_path, all=document + TEAMS, gateway="gateway: {time_zone: Europe/Zurich}")
+    assert [str(one.zone) for one in found.teams["red"].limits] == ["Europe/Zurich", "Asia/Tokyo"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "model", "expected"),
+    [
+        (("*",), "anything", True),
+        (("accounts/acme/*",), "accounts/acme/models/llama", True),
+        (("accounts/acme/*",), "accounts/other/models/llama", False),
+        (("llama", "qwen*"), "qwen3", True),
+        (("llama",), "LLAMA", False),
+        ((), "llama", False),
+    ],
+)
+def test_patterns_name_models(patterns: tuple[str, ...], model: str, expected: bool) -> None:
+    assert matches(patterns, model) is expected
+
+
+ONE_OF_COUNTS = "requests, input_tokens, output_tokens, total_tokens, usd, concurrent_requests"
+SECTIONS = "gateway, models, families, pools, plans, teams"
+
+# A document `a.yaml`, and the line that it is answered with.
+MISTAKES = {
+    "an unknown section": ("modles: {}", f"a.yaml:1 modles: is unknown, expected one of {SECTIONS}"),
+    "an unknown member": (
+        "gateway:\n  schema: strict\n  max_bdy: 1KiB",
+        "a.yaml:3 gateway.max_bdy: is unknown, expected one of schema, max_body, reserve, time_zone",
+    ),
+    "an unknown member far down": (
+        "models:\n  llama:\n    pool: demo\n    price:\n      ouput: 1\n" + POOLS,
+        "a.yaml:5 models.llama.price.ouput: is unknown, expected one of input, cached_input, output",
+    ),
+    "a member that is missing": ("models:\n  llama: {}", "a.yaml:2 models.llama.pool: is missing"),
+    "a member of a list's item that is missing": (
+        limit("name: l, count: usd, rate: 1/day"),
+        "a.yaml:4 plans.free.limits[0].per: is missing",
+    ),
+    "a string for a whole number": (
+        "models:\n  llama: {pool: demo, max_output_tokens: '5'}\n" + POOLS,
+        'a.yaml:2 models.llama.max_output_tokens: "5" is a string, expected a whole number',
+    ),
+    "a fraction for a whole number": (
+        limit("name: l, count: usd, rate: 1/day, burst: 1.5, per: [team]"),
+        "a.yaml:4 plans.free.limits[0].burst: 1.5 is a number, expected a whole number",
+    ),
+    "a boolean for a number": (
+        "models:\n  llama: {pool: demo, price: {input: yes}}\n" + POOLS,
+        "a.yaml:2 models.llama.price.input: true is a boolean, expected a number",
+    ),
+    "a number for a string": (
+        "models:\n  llama: {pool: 5}\n" + POOLS,
+        "a.yaml:2 models.llama.pool: 5 is a number, expected a string",
+    ),
+    "a date for a string": (
+        "models:\n  llama: {pool: 2026-01-31}\n" + POOLS,
+        "a.yaml:2 models.llama.pool: is a date, expected a string",
+    ),
+    "a string for a list": (
+        "models:\n  llama: {pool: demo, aliases: l}\n" + POOLS,
+        'a.yaml:2 models.llama.aliases: "l" is a string, expected a list',
+    ),
+    "a list for names": ("teams: [red]", "a.yaml:1 teams: is a list, expected names, each with its members"),
+    "nothing for names": ("teams:", "a.yaml:1 teams: is empty, expected names, each with its members"),
+    "nothing for members": (
+        "pools:\n  demo:",
+        "a.yaml:2 pools.demo: is empty, expected members: api, timeouts, upstreams",
+    ),
+    "a number for members": (
+        "pools:\n  demo: {upstreams: [7]}",
+        "a.yaml:2 pools.demo.upstreams[0]: 7 is a number, expected members: url, key_env, max_in_flight",
+    ),
+    "a list that holds nothing": (
+        limit("name: l, count: usd, rate: 1/day, per: []"),
+        "a.yaml:4 plans.free.limits[0].per: holds nothing, expected at least 1 item",
+    ),
+    "an unknown word": (
+        limit("name: l, count: tokens, rate: 1/day, per: [team]"),
+        f'a.yaml:4 plans.free.limits[0].count: "tokens" is unknown, expected one of {ONE_OF_COUNTS}',
+    ),
+    "an unknown word in a list": (
+        limit("name: l, count: usd, rate: 1/day, per: [team, teem]"),
+        (
+            'a.yaml:4 plans.free.limits[0].per[1]: "teem" is unknown, '
+            "expected one of organisation, team, key, user, model"
+        ),
+    ),
+    "a boolean for a word": (
+        "gateway: {schema: on}",
+        "a.yaml:1 gateway.schema: true is unknown, expected one of strict, lenient",
+    ),
+    "a rate without a unit": (
+        limit("name: l, count: usd, rate: 600, per: [team]"),
+        (
+            "a.yaml:4 plans.free.limits[0].rate: 600 has no unit, "
+            "expected an amount per second, minute, hour, day, such as 600/minute"
+        ),
+    ),
+    "a rate with a unit of quotas": (
+        limit("name: l, count: usd, rate: 600/month, per: [team]"),
+        (
+            'a.yaml:4 plans.free.limits[0].rate: "600/month" has no unit, '
+            "expected an amount per second, minute, hour, day, such as 600/minute"
+        ),
+    ),
+    "a quota of nothing": (
+        limit("name: l, count: usd, quota: 0/day, per: [team]"),
+        'a.yaml:4 plans.free.limits[0].quota: "0/day" is out of range, expected an amount from 1 to 1000000000000',
+    ),
+    "more dollars than can be counted": (
+        limit("name: l, count: usd, quota: 1_000_000_001/day, per: [team]"),
+        "a.yaml:4 plans.free.limits[0]: counts more than 1000000000 dollars, expected at most so many",
+    ),
+    "a time without a unit": (
+        "pools:\n  demo: {timeouts: {idle: 60}, upstreams: [{url: 'http://a'}]}",
+        (
+            "a.yaml:2 pools.demo.timeouts.idle: 60 is no measure, expected a number with one of ms, s, m, h, d, "
+            "such as 120s"
+        ),
+    ),
+    "no time at all": (
+        "pools:\n  demo: {timeouts: {idle: 0s}, upstreams: [{url: 'http://a'}]}",
+        "a.yaml:2 pools.demo.timeouts.idle: 0 is too small, expected more than 0",
+    ),
+    "a size with a wrong unit": (
+        "gateway: {max_body: 32MB}",
+        (
+            'a.yaml:1 gateway.max_body: "32MB" is no measure, expected a number with one of B, KiB, MiB, GiB, '
+            "such as 32MiB"
+        ),
+    ),
+    "a price below nothing": (
+        "models:\n  llama: {pool: demo, price: {input: -0.5}}\n" + POOLS,
+        "a.yaml:2 models.llama.price.input: -0.5 is too small, expected at least 0",
+    ),
+    "a price without end": (
+        "models:\n  llama: {pool: demo, price: {input: .inf}}\n" + POOLS,
+        "a.yaml:2 models.llama.price.input: inf is a number, expected a finite one",
+    ),
+    "a number of a thousand digits": (
+        "models:\n  llama: {pool: demo, max_output_tokens: 0x" + "f" * 5000 + "}\n" + POOLS,
+        (
+            "a.yaml:2 models.llama.max_output_tokens: a number of more than 30 digits is too large, "
+            "expected at most 10000000"
+        ),
+    ),
+    "a limit with two kinds": (
+        limit("name: l, count: usd, rate: 1/day, quota: 1/day, per: [team]"),
+        "a.yaml:4 plans.free.limits[0]: has rate, quota, expected exactly one of rate, quota, at_most",
+    ),
+    "a limit without a kind": (
+        limit("name: l, count: usd, per: [team]"),
+        "a.yaml:4 plans.free.limits[0]: has no amount, expected exactly one of rate, quota, at_most",
+    ),
+    "a rate of seats": (
+        limit("name: l, count: concurrent_requests, rate: 1/day, per: [team]"),
+        (
+            "a.yaml:4 plans.free.limits[0]: counts concurrent_requests with rate, "
+            "expected at_most for concurrent_requests and only there"
+        ),
+    ),
+    "a burst without a rate": (
+        limit("name: l, count: usd, quota: 1/day, burst: 5, per: [team]"),
+        "a.yaml:4 plans.free.limits[0]: has a burst without a rate, expected one with rate only",
+    ),
+    "a time zone without a quota": (
+        limit("name: l, count: usd, rate: 1/day, time_zone: UTC, per: [team]"),
+        "a.yaml:4 plans.free.limits[0]: has a time_zone without a quota, expected one with quota only",
+    ),
+    "an unknown time zone": (
+        "gateway: {time_zone: Europe/Zürich}",
+        'a.yaml:1 gateway.time_zone: "Europe/Zürich" is no time zone, expected a name such as Europe/Zurich',
+    ),
+    "a name with a blank": (
+        "plans:\n  free beer: {}",
+        (
+            'a.yaml:2 plans.free beer: "free beer" is no name, '
+            "expected letters, digits, dot, dash or underscore, at most 64"
+        ),
+    ),
+    "a model's name with a separator": (
+        "models:\n  a|b: {pool: demo}\n" + POOLS,
+        'a.yaml:2 models.a|b: "a|b" is no model\'s name, expected at most 200 characters, no blank, no | { }',
+    ),
+    "an address without a scheme": (
+        "pools:\n  demo: {upstreams: [{url: localhost}]}",
+        (
+            'a.yaml:2 pools.demo.upstreams[0].url: "localhost" is no address, '
+            "expected one such as http://10.0.0.7:8000, without /v1"
+        ),
+    ),
+    "a member that stands twice": (
+        "gateway:\n  schema: strict\n  schema: lenient",
+        "a.yaml:3 gateway.schema: stands twice, expected once",
+    ),
+    "a section that stands twice": ("plans: {}\nplans: {}", "a.yaml:2 plans: stands twice, expected once"),
+    "an unknown pool": (
+        "models:\n  llama: {pool: dmo}\n" + POOLS,
+        'a.yaml:2 models.llama.pool: "dmo" is not defined, expected one of demo',
+    ),
+    "an unknown family": (
+        "models:\n  llama: {pool: demo, family: qwen}\n" + POOLS,
+        'a.yaml:2 models.llama.family: "qwen" is not defined, expected one of (none is defined)',
+    ),
+    "an unknown plan": (
+        "teams:\n  red: {organisation: acme, plan: fre}\n" + PLANS,
+        'a.yaml:2 teams.red.plan: "fre" is not defined, expected one of free',
+    ),
+    "a pattern for no model": (
+        "teams:\n  red: {organisation: acme, plan: free, models: ['*', 'qwen*']}\n" + PLANS + MODELS + POOLS,
+        'a.yaml:2 teams.red.models[1]: "qwen*" is not defined, expected one of llama',
+    ),
+    "an alias that is a model": (
+        "models:\n  llama: {pool: demo}\n  qwen: {pool: demo, aliases: [llama]}\n" + POOLS,
+        'a.yaml:3 models.qwen.aliases[0]: "llama" is already a model, expected a name of its own',
+    ),
+    "an alias of two models": (
+        "models:\n  llama: {pool: demo, aliases: [l]}\n  qwen:\n    pool: demo\n    aliases:\n      - l\n" + POOLS,
+        'a.yaml:6 models.qwen.aliases[0]: "l" is already an alias of llama, expected a name of its own',
+    ),
+    "a limit's name that stands twice": (
+        limit("name: l, count: usd, rate: 1/day, per: [team]}\n      - {name: l, count: usd, rate: 1/day, per: [key]"),
+        'a.yaml:5 plans.free.limits[1].name: "l" stands twice in this plan, expected a name of its own',
+    ),
+    "no YAML": ("gateway: {", "a.yaml:2: is no YAML: while parsing a flow node, did not find expected node content"),
+    "two documents": (
+        "gateway: {}\n---\ngateway: {}",
+        "a.yaml:2: is no YAML: expected a single document in the stream, but found another document",
+    ),
+    "no text": (
+        "gateway: \x00",
+        "a.yaml: is no YAML: unacceptable character #x0000: control characters are not allowed",
+    ),
+    "a list of sections": ("- gateway", f"a.yaml:1: has no sections, expected some of {SECTIONS}"),
+    "a list for a name": (
+        "teams:\n  [red]: {}",
+        "a.yaml:2 teams: a list or a mapping stands for a name, expected a word",
+    ),
+    "what is no date": (
+        "gateway:\n  time_zone: 2026-99-99",
+        'a.yaml:2 gateway.time_zone: "2026-99-99" is no timestamp',
+    ),
+    "what is no number": ("gateway: {schema: !!bool maybe}", 'a.yaml:1 gateway.schema: "maybe" is no bool'),
+    "a document inside itself": (
+        "gateway: &g\n  schema: *g",
+        "a.yaml:1: the documents are too deep or too large, expected at most 20 levels and 300000 values",
+    ),
+}
+
+
+@pytest.mark.parametrize(("document", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_names_file_line_and_path_and_what_was_expected(tmp_path: Path, document: str, expected: str) -> None:
+    assert mistakes(tmp_path, a=document) == (expected,)
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, a="gateway: {max_body: 1}", b="teams:\n  red: {plan: 5, organisation: acme}") == (
+        "a.yaml:1 gateway.max_body: 1 is no measure, expected a number with one of B, KiB, MiB, GiB, such as 32MiB",
+        "b.yaml:2 teams.red.plan: 5 is a number, expected a string",
+    )
+
+
+def test_a_name_that_is_defined_in_two_files_is_told_with_both_places(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, a=TEAMS, b=f"# a comment\n{TEAMS}", c="gateway: {}", d="gateway: {}")
+    assert found == (
+        "b.yaml:3 teams.red: is already defined at a.yaml:2, expected once",
+        "d.yaml:1 gateway: is already defined at c.yaml:1, expected once",
+    )
+
+
+def test_a_directory_without_documents_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"nowhere: holds no \.yaml file, expected policy documents"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").mkdir()
+    assert mistakes(tmp_path, b=POOLS) == ("a.yaml: cannot be read (Is a directory), expected a policy document",)
+
+
+def test_aliases_that_multiply_end_in_a_mistake(tmp_path: Path) -> None:
+    """Nine times nine times nine: what is small on disk must not fill the memory."""
+    lines = ["gateway:", "  a0: &a0 [x]"]
+    lines += [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (found,) = mistakes(tmp_path, a="\n".join(lines))
+    assert "too deep or too large" in found
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://a", "https://vllm-0.vllm.svc:8443/base", "http://10.0.0.7:8000", "http://[::1]:80", "http://my_host"],
+)
+def test_addresses_that_a_wire_can_go_to_pass(tmp_path: Path, url: str) -> None:
+    found = snapshot(tmp_path, a=yaml.safe_dump({"pools": {"demo": {"upstreams": [{"url": url}]}}}))
+    assert found.pools["demo"].upstreams[0].url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "ftp://a",
+        "http://",
+        "http://user:secret@a",
+        "http://a/?q=1",
+        "http://a:0",
+        "http://a:99999",
+        "http://a:b",
+        "http://999.0.0.1",
+        "http://10.0.0",
+        "http://[::g]",
+        "http://ä.example",
+        "http://a b",
+        "http://a\n",
+    ],
+)
+def test_addresses_that_no_wire_can_go_to_are_mistakes(tmp_path: Path, url: str) -> None:
+    (found,) = mistakes(tmp_path, a=yaml.safe_dump({"pools": {"demo": {"upstreams": [{"url": url}]}}}))
+    assert "is no address, expected one such as" in found
+
+
+# — whatever is written, a Snapshot or a PolicyError comes of it
+
+WORDS = st.sampled_from(
+    [
+        *("gateway", "models", "families", "pools", "plans", "teams", "limits", "upstreams", "url", "price", "per"),
+        *("name", "count", "rate", "quota", "at_most", "burst", "pool", "plan", "organisation", "time_zone", "team"),
+        *(
+            "requests",
+            "usd",
+            "600/minute",
+            "5/month",
+            "120s",
+            "32MiB",
+            "http://a",
+            "demo",
+            "llama",
+            "free",
+            "*",
+            "[!",
+            "UTC",
+        ),
+    ]
+)
+SCALARS = WORDS | st.text(max_size=5) | st.integers() | st.floats() | st.booleans() | st.none() | st.dates()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=6))
+SIGNS = st.text(st.sampled_from("ab01_:.-?&*!<>|[]{},#'\"% \n\t=~@`\\/é\ud7ff\x00\x85"), max_size=60)
+
+
+def anything(folder: Path, text: bytes) -> None:
+    (folder / "a.yaml").write_bytes(text)
+    found: Snapshot | PolicyError
+    try:
+        found = load(folder)
+    except PolicyError as refused:
+        found = refused
+    if isinstance(found, PolicyError):
+        assert found.mistakes
+        assert all(line.startswith("a.yaml:") and line.isprintable() for line in found.mistakes)
+
+
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(document=VALUES)
+def test_any_values_give_a_snapshot_or_a_policy_error(tmp_path: Path, document: Any) -> None:
+    anything(tmp_path, yaml.safe_dump(document, allow_unicode=True).encode("utf-8", "surrogatepass"))
+
+
+@FUZZ
+@given(text=SIGNS.map(str.encode) | st.binary(max_size=40))
+def test_any_text_gives_a_snapshot_or_a_policy_error(tmp_path: Path, text: bytes) -> None:
+    anything(tmp_path, text)
+
+
+MERGED: Any = {name: part for file in SHIPPED.glob("*.yaml") for name, part in yaml.safe_load(file.read_text()).items()}
+
+
+@FUZZ
+@given(value=SCALARS | st.sampled_from(["9" * 5000, "9" * 400 + "s", "9" * 5000 + "/day", "٣/minute"]), data=st.data())
+def test_any_value_in_any_place_gives_a_snapshot_or_a_policy_error(tmp_path: Path, value: Any, data: Any) -> None:
+    node = merged = copy.deepcopy(MERGED)
+    while True:
+        step = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not (isinstance(node[step], dict | list) and node[step]) or data.draw(st.integers(0, 5)) == 0:
+            node[step] = value
+            break
+        node = node[step]
+    anything(tmp_path, yaml.safe_dump(merged).encode())

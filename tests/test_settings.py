@@ -1,0 +1,92 @@
+"""The environment: each field is one GATEWAY_ variable, and what cannot be read is told without a secret."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.settings import Settings, SettingsError
+
+READ: dict[str, tuple[str, Any]] = {
+    "policies": ("/etc/gateway", Path("/etc/gateway")),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("9000", 9000),
+    "state": ("/var/lib/gateway", Path("/var/lib/gateway")),
+    "redis_url": ("rediss://:pass@valkey:6380/1", "rediss://:pass@valkey:6380/1"),
+    "key_pepper": ("of the tests", "of the tests"),
+    "store_deadline": ("0.25", 0.25),
+    "drain": ("5", 5.0),
+    "log": ("json", "json"),
+}
+
+A_TIME = "expected a number from 0.001 to 60"
+AN_ADDRESS = (
+    "GATEWAY_REDIS_URL is another value, "
+    "expected an address that begins with redis://, rediss://, unix://, and a port that is a number"
+)
+MISTAKES = {
+    ("port", "http"): 'GATEWAY_PORT is "http", expected a whole number',
+    ("port", "80.5"): 'GATEWAY_PORT is "80.5", expected a whole number',
+    ("port", "65536"): 'GATEWAY_PORT is "65536", expected a number from 0 to 65535',
+    ("store_deadline", "50ms"): 'GATEWAY_STORE_DEADLINE is "50ms", expected a number',
+    ("store_deadline", "0"): f'GATEWAY_STORE_DEADLINE is "0.0", {A_TIME}',
+    ("store_deadline", "nan"): f'GATEWAY_STORE_DEADLINE is "nan", {A_TIME}',
+    ("drain", "inf"): 'GATEWAY_DRAIN is "inf", expected a number from 0 to 86400',
+    ("log", "text"): 'GATEWAY_LOG is "text", expected one of auto, people, json',
+    ("redis_url", "http://:canary@valkey"): AN_ADDRESS,
+    ("redis_url", "redis://:canary@valkey:canary"): AN_ADDRESS,
+}
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert [setting.name for setting in fields(Settings)] == list(READ)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_each_setting_is_one_variable(name: str) -> None:
+    text, expected = READ[name]
+    settings = Settings.read({f"GATEWAY_{name.upper()}": text})
+    assert getattr(settings, name) == expected
+    others = [setting.name for setting in fields(Settings) if setting.name != name]
+    assert all(getattr(settings, other) == getattr(Settings(), other) for other in others)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_empty_variable_is_none(name: str) -> None:
+    assert Settings.read({f"GATEWAY_{name.upper()}": ""}) == Settings()
+
+
+def test_what_is_given_wins_and_none_is_not_given() -> None:
+    environment = {"GATEWAY_PORT": "9000", "GATEWAY_HOST": "0.0.0.0"}
+    settings = Settings.read(environment, port=9001, host=None)
+    assert (settings.port, settings.host) == (9001, "0.0.0.0")
+
+
+def test_the_process_environment_is_read_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", "9000")
+    assert Settings.read().port == 9000
+
+
+@pytest.mark.parametrize(("mistake", "expected"), MISTAKES.items())
+def test_a_mistake_names_the_variable_what_was_found_and_what_was_expected(
+    mistake: tuple[str, str], expected: str
+) -> None:
+    name, text = mistake
+    with pytest.raises(SettingsError) as refused:
+        Settings.read({f"GATEWAY_{name.upper()}": text})
+    assert str(refused.value) == expected
+    assert "canary" not in str(refused.value)
+
+
+def test_secrets_do_not_show() -> None:
+    settings = Settings.read({"GATEWAY_REDIS_URL": "redis://:canary@valkey", "GATEWAY_KEY_PEPPER": "canary"})
+    assert "canary" not in repr(settings)
+    assert settings.key_pepper == "canary"
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Settings().port = 1  # type: ignore[misc]

@@ -1,0 +1,252 @@
+"""What the gateway tells of itself: one line for each exchange, and never a secret or a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from gateway import telemetry
+from gateway.asgi import Cut
+from gateway.identity import make_key, new_key
+from tests.proving.house import MODEL, House, documents, echo, gateway
+
+KEY = make_key("0123456789ab", 2**255 + 12345)
+SECRETS = {
+    "a key": (KEY, KEY[16:]),
+    "a piece of a key": (KEY[:40], KEY[16:40]),
+    "OpenAI's": ("sk-proj-Canary0123456789", "Canary"),
+    "Fireworks'": ("fw_Canary0123456789", "Canary"),
+    "a bearer": ("Authorization: Bearer canary.of-a/backend==", "canary"),
+    "a bearer in capitals": ("BEARER   canary", "canary"),
+    "in a list": (f"['{KEY}', 'sk-Canary12345678']", "anary"),
+    "after a line": (f"first line\n{KEY}\nsk-Canary12345678\tsk-Canary12345678", "Canary"),
+}
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], io.BytesIO]]:
+    """Sets telemetry up on a stream; afterwards all of it is as it was."""
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers, level = root.handlers, root.level
+    configure = structlog.configure
+    monkeypatch.setattr(
+        structlog, "configure", lambda **given: configure(**{**given, "cache_logger_on_first_use": False})
+    )
+
+    def set_up(format_: str) -> io.BytesIO:
+        stream = io.BytesIO()
+        telemetry.set_up(format_, stream)
+        return stream
+
+    yield set_up
+    configure(**before)
+    root.handlers, root.level = handlers, level
+
+
+def parsed(stream: io.BytesIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def log() -> Any:
+    return structlog.get_logger("gateway.tests")
+
+
+async def exchanges(stream: io.BytesIO, number: int) -> list[dict[str, Any]]:
+    """The lines of so many exchanges, when they are there."""
+    async with asyncio.timeout(5):
+        while stream.getvalue().count(b"http_access") + stream.getvalue().count(b" ms ") < number:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    return [line for line in parsed(stream) if line["event"] == "http_access"] if b"{" in stream.getvalue() else []
+
+
+async def ask(house: House, key: str | None, *, head: dict[str, str] | None = None, **members: Any) -> int:
+    body = {"model": MODEL, "prompt": "my canary sings", "max_tokens": 5, **members}
+    async with house.client(key) as client:
+        return (await client.post("/v1/completions", json=body, headers=head)).status_code
+
+
+# — one line for each exchange
+
+ALWAYS = {
+    "event",
+    "level",
+    "timestamp",
+    "request_id",
+    "http.request.method",
+    "http.route",
+    "http.response.status_code",
+    "outcome",
+    "duration_s",
+}
+KNOWN = {"key_id", "team"}
+UNDERSTOOD = {"gen_ai.request.model", "stream"}
+ANSWERED = {
+    "upstream.name",
+    "upstream.attempts",
+    "ttft_s",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "usage_source",
+    "bytes_out",
+}
+
+
+async def test_an_exchange_is_one_json_line_with_names_that_stay(
+    lines: Callable[[str], io.BytesIO], store_url: str
+) -> None:
+    stream = lines("json")
+    async with echo() as backend, gateway(store_url, documents([backend])) as house:
+        key = await house.key(user="ann")
+        head = {"x-request-id": "mine-1", "x-stainless-retry-count": "2"}
+        assert await ask(house, key, stream=True) == 200
+        assert await ask(house, key, head=head) == 200
+        assert await ask(house, None) == 401
+        assert await ask(house, key, model="no such model") == 404
+        assert await ask(house, key, max_tokens="five") == 422
+        found = await exchanges(stream, 5)
+    assert [set(line) for line in found] == [
+        ALWAYS | KNOWN | UNDERSTOOD | ANSWERED,
+        ALWAYS | KNOWN | UNDERSTOOD | ANSWERED | {"client_request_id", "sdk_retry_count"},
+        ALWAYS | {"error.type"},
+        ALWAYS | KNOWN | {"error.type"},
+        ALWAYS | KNOWN | {"error.type"},
+    ]
+    assert [line["http.response.status_code"] for line in found] == [200, 200, 401, 404, 422]
+    assert [line["outcome"] for line in found] == ["complete", "complete", "refused", "refused", "refused"]
+    assert [line.get("error.type") for line in found[3:]] == ["model_not_found", "invalid_request_error"]
+    first, second = found[:2]
+    assert (first["team"], first["gen_ai.request.model"], first["stream"]) == ("research", MODEL, True)
+    assert (first["input_tokens"], first["output_tokens"], first["usage_source"]) == (3, 5, "upstream")
+    assert (first["http.request.method"], first["http.route"]) == ("POST", "/v1/completions")
+    assert 0 < first["ttft_s"] <= first["duration_s"] < 5
+    assert (second["client_request_id"], second["sdk_retry_count"]) == ("mine-1", 2)
+    assert re.fullmatch(r"req_[0-9a-f]{32}", first["request_id"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", first["timestamp"])
+
+
+@pytest.mark.parametrize("format_", ["json", "people"])
+async def test_no_line_has_a_prompt_an_answer_a_user_or_a_key(
+    lines: Callable[[str], io.BytesIO], store_url: str, format_: str
+) -> None:
+    stream = lines(format_)
+    async with echo() as backend, gateway(store_url, documents([backend])) as house:
+        key = await house.key(user="canary-user")
+        for members in ({}, {"stream": True}, {"prompt": ["canary"] * 3}, {"prompt": {"canary": 1}}, {"canary": 1}):
+            await ask(house, key, **members)
+        await ask(house, f"{KEY[:-1]}0", user="canary")
+        await ask(house, key, model="canary")
+        await ask(house, key, prompt="canary #cut=1 #tokens=5", stream=True, max_tokens=None) if False else None
+        await exchanges(stream, 7)
+        told = stream.getvalue()
+    assert b"canary" not in told
+    assert key[16:].encode() not in told
+    assert KEY[16:50].encode() not in told
+
+
+async def test_for_people_an_exchange_is_a_row_of_columns(
+    lines: Callable[[str], io.BytesIO], store_url: str
+) -> None:
+    stream = lines("people")
+    async with echo() as backend, gateway(store_url, documents([backend])) as house:
+        key = await house.key()
+        await ask(house, key)
+        await ask(house, None)
+        await exchanges(stream, 2)
+    plain = re.sub(r"\x1b\[\d+m", "", stream.getvalue().decode()).splitlines()
+    row = r"\d\d:\d\d:\d\d {} /v1/completions      {:<24} {:<12} {:>15}  +\d+\.\d ms  req_\w{{32}} {}"
+    assert re.fullmatch(row.format(200, "llama-v2-7b", "research", "     3 → 5     ", ""), plain[0])
+    assert re.fullmatch(row.format(401, "-", "-", "", ".*"), plain[1])
+
+
+# — the rest of what is said
+
+
+@pytest.mark.parametrize("format_", ["json", "people"])
+@pytest.mark.parametrize(("text", "canary"), SECRETS.values(), ids=SECRETS)
+def test_a_secret_is_masked_wherever_it_stands(
+    lines: Callable[[str], io.BytesIO], format_: str, text: str, canary: str
+) -> None:
+    stream = lines(format_)
+    library = logging.getLogger("a.library")
+    log().info(text)
+    log().info("event", field=text, inner={"a": [text]}, raw=text.encode(), error=ValueError(text))
+    library.warning("found %s", text)
+    for tell in (lambda: log().exception("failed"), lambda: library.exception("failed")):
+        try:
+            raise ValueError(text)
+        except ValueError:
+            tell()
+    told = stream.getvalue()
+    assert canary.encode() not in told
+    assert told.count(b"[masked]") >= 8
+    if format_ == "json":
+        assert [line["level"] for line in parsed(stream)] == ["info", "info", "warning", "error", "error"]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_no_fresh_key_passes(lines: Callable[[str], io.BytesIO], number: int) -> None:
+    stream = lines("json")
+    _, key = new_key()
+    log().info("event", key=key)
+    (line,) = parsed(stream)
+    assert line["key"] == "[masked]"
+
+
+@pytest.mark.parametrize(
+    "text", ["the task-1234567890 ended", "disk_0123456789", "gw_x", "a bearer", "unmasked", "flask-sqlalchemy"]
+)
+def test_what_is_no_secret_is_told(lines: Callable[[str], io.BytesIO], text: str) -> None:
+    stream = lines("json")
+    log().info(text)
+    assert parsed(stream)[0]["event"] == text
+
+
+def test_other_libraries_take_the_same_way(lines: Callable[[str], io.BytesIO]) -> None:
+    stream = lines("json")
+    library = logging.getLogger("a.library")
+    library.info("not told")
+    library.warning("told %s", 1)
+    (line,) = parsed(stream)
+    assert (line["event"], line["level"], line["logger"]) == ("told 1", "warning", "a.library")
+
+
+def test_a_line_is_told_whatever_it_is_of(lines: Callable[[str], io.BytesIO]) -> None:
+    stream = lines("json")
+    log().info("half a character \ud800", odd={1: object, "path": b"\xff", "set": {1}}, big=2**100)
+    logging.getLogger("a.library").warning("\ud800")
+    assert [line["level"] for line in parsed(stream)] == ["info", "warning"]
+
+
+def test_an_answer_that_is_cut_on_purpose_is_no_defect(lines: Callable[[str], io.BytesIO]) -> None:
+    stream = lines("json")
+    uvicorn = logging.getLogger("uvicorn.error")
+    for error in (Cut(), ValueError("a defect")):
+        uvicorn.error("Exception in ASGI application", exc_info=error)
+    (line,) = parsed(stream)
+    assert "a defect" in line["exception"]
+    assert "Cut" not in line["exception"]
+
+
+@pytest.mark.parametrize(("terminal", "format_", "people"), [(True, "auto", True), (False, "auto", False)] + [
+    (terminal, format_, format_ == "people") for terminal in (True, False) for format_ in ("people", "json")
+])
+def test_auto_is_for_people_on_a_terminal(
+    lines: Callable[[str], io.BytesIO], terminal: bool, format_: str, people: bool
+) -> None:
+    class Terminal(io.BytesIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Terminal()
+    telemetry.set_up(format_, stream)
+    log().info("event")
+    assert (b"\x1b[" in stream.getvalue()) is people
