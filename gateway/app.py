@@ -28,7 +28,7 @@ from gateway.proxy import Proxy
 from gateway.reload import read
 from gateway.settings import Settings
 from gateway.store import Store
-from gateway.telemetry import observe
+from gateway.telemetry import observer
 
 # As OpenAI's base URL has it, and as the reference's server URL does.
 PREFIXES = ("/v1", "/inference/v1")
@@ -47,7 +47,7 @@ class Gateway:
         self.keys = keys
         self.admission = admission
         self.draining = False
-        self._proxy = Proxy(live, keys, admission, observe)
+        self._proxy = Proxy(live, keys, admission, observer())
         self._rest = Starlette(
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),

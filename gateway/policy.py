@@ -328,9 +328,9 @@ class Documents(_Document):
 # — what decisions read
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Limit:
-    """One limit as admission knows it.
+    """One limit as admission knows it. Equal to itself alone, as a Team is.
 
     `capacity` is in units of `count` (dollars are micro-dollars): a rate's burst, a quota's amount, the seats.
     `period` is the time in microseconds in which a rate refills `amount`; 0 for the other kinds.
@@ -418,9 +418,9 @@ class Model:
     output_price: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Team:
-    """One team with its limits."""
+    """One team with its limits. Equal to itself alone, so that what is computed of it is found again quickly."""
 
     name: str
     organisation: str

@@ -20,8 +20,7 @@ from gateway.errors import GatewayError, UpstreamFailed, UpstreamsBusy
 from gateway.normalize import InferenceRequest
 from gateway.policy import PoolPolicy, Snapshot, Timeouts, UpstreamPolicy
 from gateway.usage import Tail
-from gateway.wire import Answer as WireStream
-from gateway.wire import Wire
+from gateway.wire import Reply, Wire
 
 _ATTEMPTS = 2
 
@@ -111,7 +110,7 @@ class Answer:
         content_type = header(self.headers, b"content-type") or header(self.headers, b"Content-Type") or b""
         self.is_stream = content_type.startswith(b"text/event-stream")
         self.end: Message = END
-        self._stream = cast("WireStream", response.stream)
+        self._stream = cast(Reply, response.stream)
 
     @property
     def is_whole(self) -> bool:
@@ -175,10 +174,10 @@ class Opening:
 def choose(upstreams: Sequence[Upstream], tried: Sequence[Upstream]) -> Upstream | None:
     """The less busy of two upstreams drawn at random, for their shares; None where all are full or were tried."""
     free = [u for u in upstreams if u.in_flight < u.at_most and u not in tried]
-    if len(free) > 2:
-        free = random.sample(free, 2)
-    random.shuffle(free)
-    return min(free, key=lambda upstream: upstream.in_flight, default=None)
+    if len(free) < 2:
+        return free[0] if free else None
+    one, other = random.sample(free, 2)
+    return one if one.in_flight <= other.in_flight else other
 
 
 class Pools:

@@ -87,7 +87,7 @@ async def relay(x: Exchange, send: Send) -> list[Message]:
 
 
 def _names(x: Exchange, passed: RawHeaders | None = None) -> RawHeaders:
-    """What the exchange is called: our id always, and x-request-id, by which SDKs report, where the backend sent none."""
+    """What the exchange is called: our id always; x-request-id, by which SDKs report, where the backend sent none."""
     own = (b"x-gateway-request-id", x.id.encode())
     if passed is not None and any(name.lower() == b"x-request-id" for name, _ in passed):
         return [own]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+
+import msgspec
 
 from gateway.errors import GatewayError, QuotaExhausted, RateLimited
 from gateway.policy import Limit
@@ -12,8 +14,7 @@ from gateway.terms import Charge
 _SEAT_WAIT = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """One limit after a decision. `reset` is in seconds: until it is full again, or until its window ends."""
 
     charge: Charge
@@ -55,27 +56,39 @@ def _unit(limit: Limit) -> str:
 def standing_headers(standings: tuple[Standing, ...], binding: Standing | None = None) -> list[tuple[bytes, bytes]]:
     """What a caller is told of its limits: the binding one, or of each sort the one with the least left."""
     headers: list[tuple[bytes, bytes]] = []
-    for sort, counts in _SORTS:
-        some = [s for s in standings if s.charge.limit.count in counts and s.charge.limit.kind != "seats"]
-        if not some:
-            continue
-        shown = binding if binding in some else min(some, key=_left)
-        name = sort.encode()
+    for counts, limit, remaining, reset in _SORTS:
+        shown = binding
+        if shown is None or shown.charge.limit.count not in counts:
+            some = [s for s in standings if s.charge.limit.count in counts]
+            if not some:
+                continue
+            shown = min(some, key=_left)
         headers += (
-            (b"x-ratelimit-limit-" + name, b"%d" % shown.charge.limit.capacity),
-            (b"x-ratelimit-remaining-" + name, b"%d" % shown.remaining),
-            (b"x-ratelimit-reset-" + name, _go_duration(shown.reset).encode()),
+            (limit, b"%d" % shown.charge.limit.capacity),
+            (remaining, b"%d" % shown.remaining),
+            (reset, _go_duration(shown.reset).encode()),
         )
     if standings:
-        policy = ", ".join(_policy(s.charge.limit) for s in standings)
-        now = ", ".join(_ratelimit(s) for s in standings)
+        policy = ", ".join([_policy(s.charge.limit) for s in standings])
+        now = ", ".join([_ratelimit(s) for s in standings])
         headers += ((b"ratelimit-policy", policy.encode()), (b"ratelimit", now.encode()))
     return headers
 
 
+# Which counts OpenAI's headers speak of, and the names of the headers.
 _SORTS = (
-    ("requests", frozenset(("requests",))),
-    ("tokens", frozenset(("input_tokens", "output_tokens", "total_tokens"))),
+    (
+        frozenset(("requests",)),
+        b"x-ratelimit-limit-requests",
+        b"x-ratelimit-remaining-requests",
+        b"x-ratelimit-reset-requests",
+    ),
+    (
+        frozenset(("input_tokens", "output_tokens", "total_tokens")),
+        b"x-ratelimit-limit-tokens",
+        b"x-ratelimit-remaining-tokens",
+        b"x-ratelimit-reset-tokens",
+    ),
 )
 
 
@@ -87,6 +100,7 @@ _SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 60480
 _MOST = 10**15 - 1  # RFC 9651 section 3.3.1: what an integer of a header can be
 
 
+@lru_cache(maxsize=4096)
 def _policy(limit: Limit) -> str:
     """One item of RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers): quota, window in seconds, unit."""
     window = f";w={_SECONDS[limit.window]}" if limit.window in _SECONDS else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import msgspec
 
@@ -32,6 +33,9 @@ class Terms(msgspec.Struct, frozen=True):
     pool: str
     charges: tuple[Charge, ...]
 
+
+# A user is called as the caller calls him, but nobody writes a book into the ledger.
+_LONGEST_NAME = 64
 
 # What one request counts, by the name of the count. Before the answer: an upper bound. After it: what was used.
 _ESTIMATES: dict[Count, Callable[[InferenceRequest, int], int]] = {
@@ -68,27 +72,36 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
         raise Forbidden(f"this {whose} may not use the model {request.asked_model}", param="model")
     output = request.output_bound if snapshot.gateway.reserve == "max" else 0
     user = request.user if request.user is not None else principal.user
-    scopes = _scopes(principal, team, user, model)
+    if user is not None and len(user) > _LONGEST_NAME:
+        user = anonymous(user)
     charges = []
-    for limit in team.limits:
+    for limit, key, scope in _counts(team, principal.key_id, user, model):
         amount = _ESTIMATES[limit.count](request, output)
         if amount > limit.capacity:
             raise _never(limit, amount, request)
-        values = [scopes[scope] for scope in limit.per]
-        # The braces are a hash tag: all counts of an organisation live on one slot of a cluster, for one script.
-        key = f"{{{team.organisation}}}:{limit.kind}:{limit.name}:{'|'.join(values)}"
-        charges.append(Charge(limit, key, f"{limit.per[0]} {values[0]}", amount))
+        charges.append(Charge(limit, key, scope, amount))
     return Terms(team.organisation, team.name, principal.key_id, user, request.model.pool, tuple(charges))
 
 
-def _scopes(principal: Principal, team: Team, user: str | None, model: str) -> dict[Scope, str]:
-    return {
+@lru_cache(maxsize=4096)
+def _counts(team: Team, key_id: str, user: str | None, model: str) -> tuple[tuple[Limit, str, str], ...]:
+    """The limits of a team with the keys of their counts, and whose they are in words."""
+    scopes: dict[Scope, str] = {
         "organisation": team.organisation,
         "team": team.name,
-        "key": principal.key_id,
+        "key": key_id,
         "user": anonymous(user or ""),
         "model": model,
     }
+    # The braces are a hash tag: all counts of an organisation live on one slot of a cluster, for one script.
+    return tuple(
+        (
+            limit,
+            f"{{{team.organisation}}}:{limit.kind}:{limit.name}:{'|'.join(scopes[scope] for scope in limit.per)}",
+            f"{limit.per[0]} {scopes[limit.per[0]]}",
+        )
+        for limit in team.limits
+    )
 
 
 _PARAMS = {"completions": "prompt", "chat/completions": "messages"}

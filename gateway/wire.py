@@ -3,13 +3,13 @@
 One question travels at a time over a connection, and one parser reads one answer: nothing of an exchange, neither a
 byte nor a state, is left for the next one. A connection is
 
-    busy     it belongs to one Answer, from the question until that Answer is closed
+    busy     it belongs to one Reply, from the question until that Reply is closed
     idle     its last answer was received whole and both sides keep it open; whatever arrives now ends it
     closed   for ever. An answer that was still owed has failed: a cut body raises, it never ends cleanly
 
 and goes from busy to idle to busy, and from either to closed. `_Connection.end` is the only way to closed.
 
-Bytes wait in the Answer until its reader takes them. Above 64 KiB the socket is not read any more, and TCP tells the
+Bytes wait in the Reply until its reader takes them. Above 64 KiB the socket is not read any more, and TCP tells the
 upstream to wait.
 
 Deadlines cost nothing per piece: the moments are noted, and one timer per connection looks at them when it fires. It
@@ -34,12 +34,12 @@ from gateway.policy import Timeouts
 
 Framing = Literal["length", "chunked", "close", "none"]
 
-_HEAD = 64 * 1024  # bytes of a head, with all that is informational before it; nginx and h11 stop at about as much
+_HEAD = 64 * 1024  # bytes of a head, with all that is informational before it; h11 takes 100 KiB
 _FIELDS = 200  # of a head; Apache's limit is 100
 _WAITING = 64 * 1024  # bytes that may wait for the reader; asyncio's own high-water mark
 _INBOX = 64 * 1024  # bytes of one read: with _WAITING before it, a stream never holds more than 128 KiB
 _PIECES = 256  # that may wait: a piece costs some 50 bytes beyond its own, and there are chunks of one byte
-_IDLE = 30.0  # seconds that an unused connection is kept; common servers close after 60 or more
+_IDLE = 30.0  # seconds that an unused connection is kept; that an upstream closes earlier (uvicorn: after 5) is seen
 _MARGIN = 1.0  # seconds by which we are earlier than an upstream that told when it closes
 
 _FAILURES: Final[dict[str, tuple[type[UpstreamFailed], str]]] = {
@@ -92,7 +92,7 @@ class Wire(httpx.AsyncBaseTransport):
         return len(self.busy)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """The answer as soon as its head is here; its `stream` is an Answer. Raises UpstreamFailed, UpstreamTimeout.
+        """The answer as soon as its head is here; its `stream` is an Reply. Raises UpstreamFailed, UpstreamTimeout.
 
         The body is `extensions["body"]`, or else the request's own content or stream.
         """
@@ -100,7 +100,7 @@ class Wire(httpx.AsyncBaseTransport):
         answer = await self._ask_again(question) or await (await self._connect()).ask(question)
         return httpx.Response(answer.status, headers=answer.headers, stream=answer)
 
-    async def _ask_again(self, question: _Question) -> Answer | None:
+    async def _ask_again(self, question: _Question) -> Reply | None:
         """The answer over a connection that was used before. None if there is none, or if it had died meanwhile.
 
         An upstream may close an idle connection in the moment in which we write (RFC 9112 section 9.3.1). It has then
@@ -139,12 +139,9 @@ class Wire(httpx.AsyncBaseTransport):
         for connection in [*self.busy, *self.idle]:
             connection.end()
 
-    def keep(self, connection: _Connection) -> bool:
-        """Takes back a connection that could serve again; False if it is not wanted."""
+    def keep(self, connection: _Connection) -> None:
         self.busy.discard(connection)
-        if not self._closed:
-            self.idle[connection] = None
-        return not self._closed
+        self.idle[connection] = None
 
     def forget(self, connection: _Connection) -> None:
         self.busy.discard(connection)
@@ -179,7 +176,7 @@ def _head(request: httpx.Request) -> bytes:
     return head
 
 
-class Answer(httpx.AsyncByteStream):
+class Reply(httpx.AsyncByteStream):
     """The body of one answer, piece by piece as it arrives, and what its parser reports to.
 
     Iterating raises UpstreamFailed or UpstreamTimeout if the upstream does not finish; an end is a true end. `aclose`
@@ -203,7 +200,7 @@ class Answer(httpx.AsyncByteStream):
 
     def __repr__(self) -> str:
         end = self.failure or ("received" if self.received else "arriving")
-        return f"<Answer {self.status} {self.framed}, {end}, {self.waiting} bytes waiting>"
+        return f"<Reply {self.status} {self.framed}, {end}, {self.waiting} bytes waiting>"
 
     @property
     def complete(self) -> bool:
@@ -337,23 +334,23 @@ class _Connection(asyncio.BufferedProtocol):
         self.expires = 0.0
         self._wire = wire
         self._closed = False
-        self._answer: Answer | None = None  # only while busy
+        self._answer: Reply | None = None  # only while busy
         self._asked_at = 0.0
         self._owed_since: float | None = None  # only while somebody waits for the upstream
-        self._asked = True  # the whole question
+        self._sent = True  # the whole question
         self._choked = False  # the transport has more to write than it likes
         self._paused = False  # by us: too much waits for the reader
         self._timer: asyncio.TimerHandle | None = None
         self._fires_at = 0.0
 
-    async def ask(self, question: _Question) -> Answer:
+    async def ask(self, question: _Question) -> Reply:
         """Its answer, once the head is here."""
         if self._closed:
             raise _failure("upstream_disconnected")
-        self._answer = answer = Answer(self, question.method)
+        self._answer = answer = Reply(self, question.method)
         self.parser = HttpResponseParser(answer)
         self.heard = False
-        self._asked = True
+        self._sent = True
         self._asked_at = self.loop.time()
         self._wire.busy.add(self)
         self._arm(self._asked_at + self._wire.patience)
@@ -371,10 +368,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._owed_since = None
         return answer
 
-    async def _write(self, question: _Question, answer: Answer) -> None:
+    async def _write(self, question: _Question, answer: Reply) -> None:
         """Streams the body, as fast as the upstream reads. Ends early if it has answered: the rest is not wanted."""
         self._transport.write(question.head)
-        self._asked = False
+        self._sent = False
         left = question.length
         async for piece in question.stream:
             left -= len(piece)
@@ -387,14 +384,15 @@ class _Connection(asyncio.BufferedProtocol):
                 return
         if left:
             raise ValueError("a request's stream is not as long as its content-length says")
-        self._asked = True
+        self._sent = True
 
-    def release(self, answer: Answer) -> None:
+    def release(self, answer: Reply) -> None:
         """The reader has done with its answer; saying it twice is as good as once."""
         if answer is not self._answer:
             return
-        clean = answer.received and self._asked and not self._paused and not self._transport.get_write_buffer_size()
-        if clean and answer.reusable_for > 0 and self._wire.keep(self):
+        clean = answer.received and self._sent and not self._paused and not self._transport.get_write_buffer_size()
+        if clean and answer.reusable_for > 0:
+            self._wire.keep(self)
             self._answer = None
             del self.parser
             self.expires = self.loop.time() + answer.reusable_for
@@ -469,8 +467,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._owed_since = None
         if self._paused:
             self._paused = False
-            if not self._closed:
-                self._transport.resume_reading()
+            self._transport.resume_reading()
 
     # — deadlines
 

@@ -84,7 +84,9 @@ async def test_a_refusal_changes_no_key(either_store_url: str, store: redis.Redi
         only = terms([limit for limit in limits if limit.kind == full])
         for _ in range(5):
             await held.enter_async_context(admission.admit(Request(only)))
-        await held.enter_async_context(admission.admit(Request(terms([limit for limit in limits if limit.kind != full]))))
+        await held.enter_async_context(
+            admission.admit(Request(terms([limit for limit in limits if limit.kind != full])))
+        )
         before = everything(store)
         for order in itertools.permutations(limits):
             with pytest.raises((RateLimited, QuotaExhausted), match=full):
@@ -519,7 +521,9 @@ class Model:
                 exact = max(Fraction(0), limit.capacity - level)
                 # Rounding decides only about a unit that is all but there.
                 assert exact - 1 - band(limit) <= remaining <= exact + band(limit)
-                assert abs(reset - level * limit.period / limit.amount) <= 1 + level * limit.period / limit.amount / 10**9
+                assert (
+                    abs(reset - level * limit.period / limit.amount) <= 1 + level * limit.period / limit.amount / 10**9
+                )
             case "quota":
                 own, used, ends = self._window(limit, now, starts)
                 assert (remaining, reset, window) == (max(0, limit.capacity - used), ends * US - now, own)
@@ -582,7 +586,9 @@ class Limits(RuleBasedStateMachine):
         self.ids = 0
         self.limits: list[Limit] = []
 
-    @initialize(first=rates, second=rates, day=st.sampled_from(AMOUNTS), hour=st.integers(1, 5), at_most=st.integers(1, 3))
+    @initialize(
+        first=rates, second=rates, day=st.sampled_from(AMOUNTS), hour=st.integers(1, 5), at_most=st.integers(1, 3)
+    )
     def policies(self, first: Limit, second: Limit, day: int, hour: int, at_most: int) -> None:
         self.limits = [
             rate(first.amount, first.window, burst=first.capacity, name="first"),
@@ -604,7 +610,9 @@ class Limits(RuleBasedStateMachine):
     def admit(self, data: st.DataObject) -> None:
         requests = []
         for _ in range(data.draw(st.integers(1, 3))):
-            chosen = data.draw(st.lists(st.sampled_from(self.limits), min_size=1, max_size=5, unique_by=lambda x: x.name))
+            chosen = data.draw(
+                st.lists(st.sampled_from(self.limits), min_size=1, max_size=5, unique_by=lambda x: x.name)
+            )
             self.ids += 1
             id_ = str(data.draw(st.sampled_from([self.ids, self.ids, self.ids, max(1, self.ids - 1)])))
             requests.append((id_, [(limit, self._amount(data, limit)) for limit in chosen]))
@@ -666,14 +674,18 @@ def test_valkey_redis_and_an_exact_model_agree(valkey: house.Server, redis7: hou
         Limits.servers = (one, other)
         run_state_machine_as_test(
             Limits,
-            settings=settings(deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck)),
+            settings=settings(
+                deadline=None, max_examples=60, stateful_step_count=40, suppress_health_check=list(HealthCheck)
+            ),
         )
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     limit=rates,
-    steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10**6), st.integers(1, 10**12)), min_size=5, max_size=40),
+    steps=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 10**6), st.integers(1, 10**12)), min_size=5, max_size=40
+    ),
 )
 def test_no_window_admits_more_than_its_burst_and_its_rate(
     store: redis.Redis, limit: Limit, steps: list[tuple[int, int, int]]
@@ -915,5 +927,3 @@ async def test_an_idle_store_holds_no_reservation_and_no_seat(either_store_url: 
         now = time.time() * 1000
         assert not [key for key in left if b":request:" in key or b":seats:" in key]
         assert all(now < ends < now + 401 * 86_400_000 for key, ends in left.items() if not key.endswith(b":usage"))
-
-

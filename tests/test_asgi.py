@@ -190,7 +190,7 @@ leaves_no_task = pytest.mark.usefixtures("no_task_is_left")
 async def test_a_block_ends_when_the_caller_leaves(failing: bool) -> None:
     caller = Caller(failing=failing)
     reached = False
-    with pytest.raises(ClientGone):  # noqa: PT012 - the block is the thing
+    with pytest.raises(ClientGone):
         async with until_hang_up(caller.receive):
             caller.leave()
             await asyncio.sleep(10)
@@ -230,7 +230,7 @@ async def test_an_error_of_the_block_passes() -> None:
 @leaves_no_task
 async def test_an_error_on_the_way_out_passes_and_the_task_is_not_cancelled_any_more() -> None:
     caller = Caller()
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError):
         async with until_hang_up(caller.receive):
             caller.leave()
             try:
@@ -293,7 +293,7 @@ async def test_a_timeout_inside_the_block_stays_the_blocks_own() -> None:
 @leaves_no_task
 async def test_a_caller_who_leaves_during_a_timeout_inside_is_gone() -> None:
     caller = Caller()
-    with pytest.raises(ClientGone):  # noqa: PT012
+    with pytest.raises(ClientGone):
         async with until_hang_up(caller.receive), asyncio.timeout(10):
             caller.leave()
             await asyncio.sleep(10)

@@ -358,7 +358,7 @@ async def test_cached_says_what_came_from_a_cache(client: httpx.AsyncClient) -> 
 @pytest.mark.parametrize("tokens", [0, 2, 4])
 async def test_cut_drops_a_stream_after_its_tokens(client: httpx.AsyncClient, tokens: int) -> None:
     read = ""
-    with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012
+    with pytest.raises(httpx.RemoteProtocolError):
         async with client.stream("POST", TEXT, json=text(f"a #cut={tokens}", stream=True, max_tokens=4)) as answer:
             async for piece in answer.aiter_text():
                 read += piece

@@ -50,7 +50,7 @@ def known(keys: KeyRing, key: str) -> Principal | None:
 
 async def within_a_second(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(1):
-        while not holds():  # noqa: ASYNC110 - what it waits for tells nobody
+        while not holds():
             await asyncio.sleep(0.005)
 
 

@@ -42,7 +42,6 @@ def refused(error: GatewayError) -> dict[str, str]:
     ("seconds", "text"),
     [
         (0, "0ms"),
-        (-1, "0ms"),
         (0.0000001, "0ms"),
         (0.000001, "1ms"),
         (0.012, "12ms"),

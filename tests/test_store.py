@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,10 @@ async def test_what_waits_in_one_turn_travels_in_one_call(
     async with gateways(either_store_url) as (admission,):
         async with admission.admit(Request(terms([seats(1)]))):
             pass  # the scripts are known now
-        bounds = [terms([rate(1000 + i, "day"), quota(5000 + i, "day")][:: (-1) ** i], organisation=f"o{i}") for i in range(requests)]
+        bounds = [
+            terms([rate(1000 + i, "day"), quota(5000 + i, "day")][:: (-1) ** i], organisation=f"o{i}")
+            for i in range(requests)
+        ]
         server.config_resetstat()
         leases = [admission.admit(Request(bound)) for bound in bounds]
         await asyncio.gather(*(lease.__aenter__() for lease in leases))
@@ -81,9 +84,7 @@ async def test_a_caller_who_leaves_does_not_take_the_others_answers_along(either
         await asyncio.gather(*(lease.__aexit__(None, None, None) for lease in leases[1::2]))
 
 
-async def test_scripts_that_the_server_has_forgotten_are_not_missed(
-    either_store_url: str, server: redis.Redis
-) -> None:
+async def test_scripts_that_the_server_has_forgotten_are_not_missed(either_store_url: str, server: redis.Redis) -> None:
     async with gateways(either_store_url) as (admission,):
         for _ in range(5):
             server.script_flush()
@@ -98,7 +99,10 @@ async def test_what_fails_for_one_call_fails_for_its_callers_and_nobody_else(eit
     async with opened(either_store_url) as store:
         broken = Coalesced(store, Script("admit"), (15_000, 86_400_000))
         # No such kind of limit: the script falls over it before it has written anything.
-        first, second = broken((["r", "c"], ("1", "{}", [("x", 1, 1)]))), broken((["r2", "c2"], ("2", "{}", [("s", 1, 1)])))
+        first, second = (
+            broken((["r", "c"], ("1", "{}", [("x", 1, 1)]))),
+            broken((["r2", "c2"], ("2", "{}", [("s", 1, 1)]))),
+        )
         for future in (first, second):
             with pytest.raises(redis.exceptions.ResponseError):
                 await future
@@ -160,7 +164,7 @@ async def test_a_command_whose_answer_is_lost_is_not_sent_again(
         line.deaf = False
         await until(lambda: not store.away)
         await store.call(lambda: store.client.ping())
-        assert (server.get("counter"), calls(server, "incr") >= 1) == (b"1", True)
+        assert server.get("counter") == b"1"
 
 
 async def test_connections_do_not_pile_up_before_a_slow_store(either_store_url: str, server: redis.Redis) -> None:
@@ -330,40 +334,35 @@ USER = """
 """
 
 
-@asynccontextmanager
-async def user(state: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+@contextmanager
+def user(state: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Another process that uses the embedded server until its input ends."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", textwrap.dedent(USER), str(state), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        assert (await process.stdout.readline()).startswith(b"unix://")
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+    command = [sys.executable, "-c", textwrap.dedent(USER), str(state)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"unix://")
+            yield process
+        finally:
+            process.communicate(timeout=30)
 
 
-async def test_processes_share_one_server(tmp_path: Path) -> None:
-    async with user(tmp_path) as first, user(tmp_path) as second:
+def test_processes_share_one_server(tmp_path: Path) -> None:
+    with user(tmp_path), user(tmp_path) as other:
         with Embedded(tmp_path) as embedded, redis.Redis.from_url(embedded.url) as client:
             before: Any = client.info("server")
-            first.kill()
-            await first.wait()
+            other.kill()
+            other.wait()
             after: Any = client.info("server")
             assert before["process_id"] == after["process_id"]
         assert answering(embedded)
-        await second.communicate()
-        assert not answering(embedded)
+    assert not answering(embedded)
 
 
-async def test_a_killed_user_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_user_holds_nothing(tmp_path: Path) -> None:
     """Its server stays for the next user, who stops it."""
-    async with user(tmp_path) as only:
+    with user(tmp_path) as only:
         only.kill()
-        await only.wait()
     embedded = Embedded(tmp_path)
     assert answering(embedded)
     with embedded:
@@ -371,10 +370,17 @@ async def test_a_killed_user_holds_nothing(tmp_path: Path) -> None:
     assert not answering(embedded)
 
 
-async def test_many_users_at_once_start_one_server(tmp_path: Path) -> None:
-    async with user(tmp_path), user(tmp_path), user(tmp_path):
-        log = (tmp_path / "valkey.log").read_text()
-        assert log.count("Ready to accept connections") == 1
+def test_many_users_at_once_start_one_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(USER), str(tmp_path)]
+    users = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(4)]
+    for one in users:
+        assert one.stdout is not None
+        assert one.stdout.readline().startswith(b"unix://")
+    log = (tmp_path / "valkey.log").read_text()
+    for one in users:
+        one.communicate(timeout=30)
+    assert log.count("Ready to accept connections") == 1
+    assert not answering(Embedded(tmp_path))
 
 
 def test_what_was_written_survives_a_kill_of_the_server(tmp_path: Path) -> None:

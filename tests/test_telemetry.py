@@ -62,7 +62,7 @@ def log() -> Any:
 async def exchanges(stream: io.BytesIO, number: int) -> list[dict[str, Any]]:
     """The lines of so many exchanges, when they are there."""
     async with asyncio.timeout(5):
-        while stream.getvalue().count(b"http_access") + stream.getvalue().count(b" ms ") < number:  # noqa: ASYNC110
+        while stream.getvalue().count(b"http_access") + stream.getvalue().count(b" ms ") < number:
             await asyncio.sleep(0.005)
     return [line for line in parsed(stream) if line["event"] == "http_access"] if b"{" in stream.getvalue() else []
 
@@ -144,7 +144,6 @@ async def test_no_line_has_a_prompt_an_answer_a_user_or_a_key(
             await ask(house, key, **members)
         await ask(house, f"{KEY[:-1]}0", user="canary")
         await ask(house, key, model="canary")
-        await ask(house, key, prompt="canary #cut=1 #tokens=5", stream=True, max_tokens=None) if False else None
         await exchanges(stream, 7)
         told = stream.getvalue()
     assert b"canary" not in told
@@ -152,9 +151,7 @@ async def test_no_line_has_a_prompt_an_answer_a_user_or_a_key(
     assert KEY[16:50].encode() not in told
 
 
-async def test_for_people_an_exchange_is_a_row_of_columns(
-    lines: Callable[[str], io.BytesIO], store_url: str
-) -> None:
+async def test_for_people_an_exchange_is_a_row_of_columns(lines: Callable[[str], io.BytesIO], store_url: str) -> None:
     stream = lines("people")
     async with echo() as backend, gateway(store_url, documents([backend])) as house:
         key = await house.key()
@@ -180,11 +177,11 @@ def test_a_secret_is_masked_wherever_it_stands(
     log().info(text)
     log().info("event", field=text, inner={"a": [text]}, raw=text.encode(), error=ValueError(text))
     library.warning("found %s", text)
-    for tell in (lambda: log().exception("failed"), lambda: library.exception("failed")):
+    for tell in (log().exception, library.exception):
         try:
             raise ValueError(text)
         except ValueError:
-            tell()
+            tell("failed")
     told = stream.getvalue()
     assert canary.encode() not in told
     assert told.count(b"[masked]") >= 8
@@ -219,11 +216,14 @@ def test_other_libraries_take_the_same_way(lines: Callable[[str], io.BytesIO]) -
     assert (line["event"], line["level"], line["logger"]) == ("told 1", "warning", "a.library")
 
 
-def test_a_line_is_told_whatever_it_is_of(lines: Callable[[str], io.BytesIO]) -> None:
-    stream = lines("json")
-    log().info("half a character \ud800", odd={1: object, "path": b"\xff", "set": {1}}, big=2**100)
+@pytest.mark.parametrize("format_", ["json", "people"])
+def test_a_line_is_told_whatever_it_is_of(lines: Callable[[str], io.BytesIO], format_: str) -> None:
+    stream = lines(format_)
+    log().info("half a character \ud800", odd={1: object, (): 1, "path": b"\xff", "set": {1}}, big=2**100)
     logging.getLogger("a.library").warning("\ud800")
-    assert [line["level"] for line in parsed(stream)] == ["info", "warning"]
+    assert stream.getvalue().count(b"\n") == 2
+    if format_ == "json":
+        assert [line["level"] for line in parsed(stream)] == ["info", "warning"]
 
 
 def test_an_answer_that_is_cut_on_purpose_is_no_defect(lines: Callable[[str], io.BytesIO]) -> None:
@@ -236,9 +236,10 @@ def test_an_answer_that_is_cut_on_purpose_is_no_defect(lines: Callable[[str], io
     assert "Cut" not in line["exception"]
 
 
-@pytest.mark.parametrize(("terminal", "format_", "people"), [(True, "auto", True), (False, "auto", False)] + [
-    (terminal, format_, format_ == "people") for terminal in (True, False) for format_ in ("people", "json")
-])
+@pytest.mark.parametrize(
+    ("terminal", "format_", "people"),
+    [(True, "auto", True), (False, "auto", False), (True, "json", False), (False, "people", True)],
+)
 def test_auto_is_for_people_on_a_terminal(
     lines: Callable[[str], io.BytesIO], terminal: bool, format_: str, people: bool
 ) -> None:

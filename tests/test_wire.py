@@ -18,7 +18,7 @@ import pytest
 import gateway.wire
 from gateway.errors import UpstreamFailed, UpstreamTimeout
 from gateway.policy import Timeouts
-from gateway.wire import Answer, Wire
+from gateway.wire import Reply, Wire, _Question
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunked, forever, ok, play
 
 BODY = b'{"prompt": "hello"}'
@@ -41,12 +41,12 @@ def question(wire: Wire, method: str = "POST", body: bytes = BODY, **headers: st
     return httpx.Request(method, url, headers=fields, stream=httpx.ByteStream(b""), extensions={"body": body})
 
 
-async def ask(wire: Wire, method: str = "POST", body: bytes = BODY) -> Answer:
+async def ask(wire: Wire, method: str = "POST", body: bytes = BODY) -> Reply:
     response = await wire.handle_async_request(question(wire, method, body))
-    return cast(Answer, response.stream)
+    return cast(Reply, response.stream)
 
 
-async def read(answer: Answer) -> bytes:
+async def read(answer: Reply) -> bytes:
     try:
         return b"".join([piece async for piece in answer])
     finally:
@@ -70,7 +70,7 @@ def fails(code: str, kind: type[UpstreamFailed] = UpstreamFailed) -> Iterator[No
 async def until(holds: Callable[[], bool]) -> None:
     """For what the event loop does by itself and announces to nobody."""
     async with asyncio.timeout(2):
-        while not holds():  # noqa: ASYNC110
+        while not holds():
             await asyncio.sleep(0.001)
 
 
@@ -129,11 +129,13 @@ async def pieces(size: int, number: int) -> AsyncIterator[bytes]:
 
 async def test_a_streamed_body_arrives_whole() -> None:
     async with Backend(Peer.request, ok(b"{}")) as backend, wired(backend) as wire:
-        request = httpx.Request("POST", backend.url, headers={"content-length": "6400000"}, content=pieces(100_000, 64))
+        request = httpx.Request(
+            "POST", backend.url, headers={"content-length": "16000000"}, content=pieces(1_000_000, 16)
+        )
         response = await wire.handle_async_request(request)
-        await read(cast(Answer, response.stream))
+        await read(cast(Reply, response.stream))
         assert len(wire.idle) == 1
-    assert b"".join([p async for p in pieces(100_000, 64)]) == backend.requests[0].body
+    assert b"".join([p async for p in pieces(1_000_000, 16)]) == backend.requests[0].body
 
 
 async def test_a_streamed_body_is_not_pulled_faster_than_the_upstream_reads() -> None:
@@ -169,7 +171,7 @@ async def test_an_answer_keeps_its_headers_as_they_came() -> None:
     fields = (b"Set-Cookie: a", b"set-cookie: b", b"X-Odd:\xff\xfe", b"X-Empty:")
     async with Backend(Peer.request, ok(b"abc", *fields)) as backend, wired(backend) as wire:
         response = await wire.handle_async_request(question(wire))
-        assert await read(cast(Answer, response.stream)) == b"abc"
+        assert await read(cast(Reply, response.stream)) == b"abc"
     expected = [
         (b"content-type", b"application/json"),
         (b"content-length", b"3"),
@@ -229,6 +231,7 @@ async def test_bodies_are_the_same_however_the_bytes_are_split(name: str) -> Non
                 answer = await ask(wire)
                 assert (body, framed) == (await read(answer), answer.framed)
                 assert answer.complete
+                assert not {b"X", b"X-Trailer"} & {field for field, _ in answer.headers}
 
 
 async def test_a_head_request_has_no_body_whatever_its_length_says() -> None:
@@ -501,6 +504,14 @@ async def test_a_new_connection_that_dies_is_not_replaced() -> None:
         assert len(backend.peers) == 1
 
 
+async def test_a_connection_that_ends_before_it_is_asked_is_told_as_ended() -> None:
+    async with Backend(Peer.close) as backend, wired(backend) as wire:
+        connection = await wire._connect()
+        await until(lambda: connection._closed)
+        with fails("upstream_disconnected"):
+            await asyncio.wait_for(connection.ask(_Question(question(wire))), 1)
+
+
 async def test_an_answer_before_the_end_of_the_question_is_delivered_and_its_connection_not_kept() -> None:
     async with Backend(Peer.head, ok(b"too large")) as backend, wired(backend) as wire:
         assert await exchange(wire, body=bytes(32_000_000)) == b"too large"
@@ -513,7 +524,7 @@ async def test_an_early_answer_stops_a_streamed_question(size: int) -> None:
         content = pieces(size, 10**6)
         request = httpx.Request("POST", backend.url, headers={"content-length": str(10**12)}, content=content)
         response = await wire.handle_async_request(request)
-        assert await read(cast(Answer, response.stream)) == b"too large"
+        assert await read(cast(Reply, response.stream)) == b"too large"
         assert not wire.idle
 
 
@@ -562,7 +573,7 @@ async def test_an_upstream_that_does_not_accept_is_told_as_a_connect_timeout() -
     with black_hole() as url:
         wire = Wire(url, Timeouts.model_validate({"connect": "50ms"}))
         with fails("upstream_connect_timeout", UpstreamTimeout):
-            await ask(wire)
+            await asyncio.wait_for(ask(wire), 1)
         assert wire.in_flight == 0
 
 
@@ -597,6 +608,16 @@ async def test_an_upstream_that_falls_silent_has_until_the_idle_deadline() -> No
         with fails("upstream_idle_timeout", UpstreamTimeout):
             await read(answer)
         await promptly(backend.peers[0].gone.wait())
+
+
+async def test_the_idle_deadline_holds_after_a_head_that_took_longer() -> None:
+    async def late(_: Peer) -> None:
+        await asyncio.sleep(0.1)
+
+    async with Backend(Peer.request, late, EVENTS) as backend, wired(backend, idle="50ms") as wire:
+        answer = await ask(wire)
+        with fails("upstream_idle_timeout", UpstreamTimeout):
+            await asyncio.wait_for(read(answer), 1)
 
 
 async def test_each_piece_begins_the_idle_deadline_anew() -> None:
@@ -673,6 +694,16 @@ async def test_a_firehose_is_held_back_and_then_read_to_its_end(piece: bytes) ->
         assert len(wire.idle) == 1
 
 
+async def test_a_reader_that_comes_back_too_late_to_a_full_stream_is_told_so() -> None:
+    steps = (Peer.request, EVENTS, forever(chunk(bytes(100_000))))
+    async with Backend(*steps) as backend, wired(backend, total="100ms") as wire:
+        answer = await ask(wire)
+        await asyncio.wait_for(backend.peers[0].gone.wait(), 1)
+        assert answer.waiting > 64 * 1024
+        with fails("upstream_total_timeout", UpstreamTimeout):
+            await read(answer)
+
+
 async def test_what_waits_is_joined_and_nothing_else_is() -> None:
     more = asyncio.Event()
     steps = (Peer.request, EVENTS + chunk(b"a") + chunk(b"b"), more, chunk(b"c"), asyncio.Event())
@@ -695,6 +726,15 @@ async def test_the_upstream_notices_at_once_that_nobody_wants_the_rest(sent: byt
         await promptly(backend.peers[0].gone.wait())
         with fails("upstream_disconnected"):
             await read(answer)
+
+
+async def test_a_connection_that_we_do_not_read_is_not_kept() -> None:
+    async with Backend(forever(Peer.request, ok(bytes(100_000)))) as backend, wired(backend) as wire:
+        answer = await ask(wire)
+        await until(lambda: answer.received)
+        await answer.aclose()
+        assert not wire.idle
+        assert await exchange(wire) == bytes(100_000)
 
 
 async def test_a_firehose_notices_too() -> None:
@@ -821,7 +861,7 @@ async def test_a_wire_tells_its_state() -> None:
     async with Backend(forever(Peer.request, ok(b"{}"))) as backend, wired(backend) as wire:
         answer = await ask(wire)
         assert f"<Wire http://127.0.0.1:{backend.port} 1 busy, 0 idle>" == repr(wire)
-        assert repr(answer) == "<Answer 200 length, received, 2 bytes waiting>"
+        assert repr(answer) == "<Reply 200 length, received, 2 bytes waiting>"
         await read(answer)
         assert f"<Wire http://127.0.0.1:{backend.port} 0 busy, 1 idle>" == repr(wire)
 

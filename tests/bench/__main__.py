@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,8 @@ NGINX = """
 worker_processes 1; daemon off; pid nginx.pid; error_log stderr crit;
 events { worker_connections 8192; }
 http {
-  access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
+  access_log off; client_body_temp_path t1; proxy_temp_path t2;
+  fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
   upstream backend { server 127.0.0.1:%d; keepalive 1024; keepalive_requests 1000000000; }
   server {
     listen 127.0.0.1:%d backlog=4096; keepalive_requests 1000000000;
@@ -158,7 +159,9 @@ def house(keys: int = 0) -> Iterator[list[Measured]]:
             (folder / "nginx.conf").write_text(NGINX % (backend, port))
             start(stack, ["nginx", "-p", str(folder), "-c", "nginx.conf"], MEASURED, stderr=subprocess.DEVNULL)
             listening(port)
-            worker = subprocess.run(["pgrep", "-P", (folder / "nginx.pid").read_text().strip()], capture_output=True, text=True)
+            worker = subprocess.run(
+                ["pgrep", "-P", (folder / "nginx.pid").read_text().strip()], capture_output=True, text=True
+            )
             proxies.append(Measured("nginx", port, "-", [int(pid) for pid in worker.stdout.split()]))
         port = free_port()
         process = start(stack, [sys.executable, "-m", "tests.bench.forward", str(port), str(backend)], MEASURED)
@@ -176,7 +179,9 @@ def gateway(stack: ExitStack, folder: Path, backend: int) -> Measured:
     (policies / "all.yaml").write_text(yaml.safe_dump({**POLICIES, "pools": pools}))
     words = ["--policies", str(policies), "--state", str(folder / "state")]
     command = [sys.executable, "-m", "gateway"]
-    made = subprocess.run([*command, "keys", "create", "--team", "bench", "--json", *words], capture_output=True, check=True, cwd=ROOT)
+    made = subprocess.run(
+        [*command, "keys", "create", "--team", "bench", "--json", *words], capture_output=True, check=True, cwd=ROOT
+    )
     port = free_port()
     environment = {**os.environ, "GATEWAY_STORE_DEADLINE": "1", "GATEWAY_LOG": "json"}
     process = start(stack, [*command, "serve", "--port", str(port), *words], MEASURED, env=environment)
@@ -201,7 +206,7 @@ def requests(proxies: list[Measured], rounds: int, seconds: float, callers: int)
                 proxy.store_cpu.append((cpu_seconds([proxy.store]) - store) / seen["answers"] * 1e6)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -226,7 +231,10 @@ def show_requests(proxies: list[Measured], callers: int) -> None:
         )
         for p in proxies
     ]
-    table((f"JSON requests, {callers} callers", "CPU µs a request", "× nginx", "Valkey CPU µs", "requests/s on one core"), rows)
+    table(
+        (f"JSON requests, {callers} callers", "CPU µs a request", "× nginx", "Valkey CPU µs", "requests/s on one core"),
+        rows,
+    )
 
 
 def show_latency(proxies: list[Measured], rounds: int, seconds: float) -> None:
@@ -248,9 +256,7 @@ def show_streams(proxies: list[Measured], streams: int, rounds: int) -> None:
         for p in proxies:
             before, idle = cpu_seconds(p.pids), resident(p.pids)
             command = [sys.executable, "-m", "tests.bench.load", str(p.port), p.key, str(streams), "0", "stream"]
-            process = subprocess.Popen(
-                ["taskset", "-c", "1", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
-            )
+            process = subprocess.Popen(["taskset", "-c", "1", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
             time.sleep(4)  # in the middle of the streams, which last eight seconds
             grown = resident(p.pids) - idle
             out, _ = process.communicate()
@@ -275,7 +281,14 @@ def main() -> None:
     words.add_argument("--callers", type=int, default=32)
     words.add_argument("--streams", type=int, nargs="*", default=[100, 1000])
     given = words.parse_args()
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "",
+    )
     print(f"{os.cpu_count()} × {model}, Linux {platform.release()}, Python {platform.python_version()}")
     with house() as proxies:
         requests(proxies, given.rounds, given.seconds, given.callers)

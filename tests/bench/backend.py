@@ -12,7 +12,9 @@ from typing import cast
 
 import uvloop
 
-TEXT = b'{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":"' + b"word " * 60
+TEXT = (
+    b'{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":"' + b"word " * 60
+)
 ANSWER = (
     TEXT + b'","logprobs":null,"finish_reason":"length"}],'
     b'"usage":{"prompt_tokens":20,"total_tokens":80,"completion_tokens":60,"prompt_tokens_details":{"cached_tokens":0}}}'
@@ -38,7 +40,7 @@ def _chunk(piece: bytes) -> bytes:
 class Backend(asyncio.Protocol):
     """One connection: requests with a Content-Length, one after the other."""
 
-    streams: dict[Backend, int]  # noqa: RUF012 - all connections share it, and the clock empties it
+    streams: dict[Backend, int]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)

@@ -1,6 +1,6 @@
 """Forwarding alone: the wire between two sockets, without key, contract, limits, ledger and log.
 
-`python -m tests.bench.forward PORT BACKEND_PORT`. What it costs beside the gateway is what the gateway's decisions cost.
+`python -m tests.bench.forward PORT BACKEND_PORT`. What the gateway costs beyond it is what its decisions cost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import uvicorn
 
 from gateway.asgi import Receive, Scope, Send, read_body
 from gateway.policy import PoolPolicy, UpstreamPolicy
-from gateway.pools import Upstream, Answer
+from gateway.pools import Answer, Upstream
 from gateway.wire import Wire
 
 

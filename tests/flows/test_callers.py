@@ -50,7 +50,10 @@ async def test_who_leaves_in_the_middle_pays_for_what_was_produced(store_url: st
 
 async def test_a_bad_key_is_refused_before_the_body_is_asked_for(store_url: str) -> None:
     """Expect: 100-continue gets its 401 at once; with a good key it gets its 100."""
-    async with Backend(forever(Peer.request, ok(ANSWER))) as backend, gateway(store_url, documents([backend.url])) as house:
+    async with (
+        Backend(forever(Peer.request, ok(ANSWER))) as backend,
+        gateway(store_url, documents([backend.url])) as house,
+    ):
         for key, line in (("gw_wrong", b"HTTP/1.1 401"), (await house.key(), b"HTTP/1.1 100")):
             async with house.caller(key, b"", b"expect: 100-continue", b"content-length: 10") as caller:
                 assert (await caller.head()).startswith(line)
@@ -96,7 +99,10 @@ async def test_nothing_of_the_callers_own_connection_and_credentials_travels(sto
         b"x-session-affinity: s2",
         b"accept: text/\xe9",
     )
-    async with Backend(forever(Peer.request, ok(ANSWER))) as backend, gateway(store_url, documents([backend.url])) as house:
+    async with (
+        Backend(forever(Peer.request, ok(ANSWER))) as backend,
+        gateway(store_url, documents([backend.url])) as house,
+    ):
         key = await house.key()
         async with house.caller(key, BODY, *(f.replace(b"%b", key.encode()) for f in fields)) as caller:
             await caller.head()

@@ -77,11 +77,17 @@ async def test_1_a_request_lives_in_one_snapshot(store_url: str) -> None:
 async def test_2_nothing_between_the_two_sockets_looks_into_a_chunk(store_url: str) -> None:
     """Bytes that are no text, no events and no JSON arrive as they were sent, each before the next one is sent."""
     noise = random.Random(2)
-    pieces = [noise.randbytes(noise.choice((1, 2, 700, 9000))) for _ in range(40)] + [b"\r\n0\r\n\r\ndata: [DONE]", b"\xff"]
+    pieces = [noise.randbytes(noise.choice((1, 2, 700, 9000))) for _ in range(40)] + [
+        b"\r\n0\r\n\r\ndata: [DONE]",
+        b"\xff",
+    ]
     arrived = [asyncio.Event() for _ in pieces]
     steps = [step for piece, event in zip(pieces, arrived, strict=True) for step in (chunk(piece), event)]
 
-    async with Backend(Peer.request, EVENTS, *steps, END) as backend, gateway(store_url, documents([backend.url])) as house:
+    async with (
+        Backend(Peer.request, EVENTS, *steps, END) as backend,
+        gateway(store_url, documents([backend.url])) as house,
+    ):
         async with (
             house.client(await house.key()) as client,
             client.stream("POST", "/v1/completions", content=STREAM) as answer,
@@ -149,7 +155,7 @@ async def test_4_a_refused_request_costs_nothing(
 
 
 async def test_5_a_seat_is_held_until_the_last_byte_and_no_longer(store_url: str) -> None:
-    """On a limit of one seat, whoever has seen the end of his answer may ask again at once: fifty times, none refused."""
+    """On a limit of one seat, who has seen the end of an answer may ask again at once: fifty times, none refused."""
     async with echo() as backend, gateway(store_url, documents([backend], plans=plan(ONE_SEAT))) as house:
         key = await house.key()
         async with house.client(key) as client:
@@ -172,7 +178,10 @@ async def test_6_another_upstream_is_tried_only_while_nothing_was_answered(store
 
     half = ok(ANSWER)[:-10]
     async with Backend(Peer.request, half, Peer.reset) as first, Backend(Peer.request, half, Peer.reset) as second:
-        async with gateway(store_url, documents([first.url, second.url])) as house, house.client(await house.key()) as client:
+        async with (
+            gateway(store_url, documents([first.url, second.url])) as house,
+            house.client(await house.key()) as client,
+        ):
             with pytest.raises(httpx.RemoteProtocolError):
                 await client.post("/v1/completions", content=BODY)
         assert len(first.requests) + len(second.requests) == 1
@@ -269,7 +278,9 @@ async def test_8_no_answer_no_charge(store_url: str) -> None:
         with redis.Redis.from_url(store_url) as store:
             counts: list[Any] = [store.get(key) for key in store.scan_iter() if b":rate:" in key or b":quota:" in key]
         assert [count.split()[1] for count in counts if count] == [b"0"] * len(counts)
-        assert [(row["output_tokens"], row["source"], row["ended"]) for row in rows(store_url)] == [(0, "none", "upstream")]
+        assert [(row["output_tokens"], row["source"], row["ended"]) for row in rows(store_url)] == [
+            (0, "none", "upstream")
+        ]
 
 
 async def test_9_a_bad_policy_document_changes_nothing(store_url: str) -> None:

@@ -60,7 +60,9 @@ class House:
         return httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False, timeout=30, **given)
 
     @asynccontextmanager
-    async def caller(self, key: str, body: bytes, *fields: bytes, path: bytes = b"/v1/completions") -> AsyncIterator[Caller]:
+    async def caller(
+        self, key: str, body: bytes, *fields: bytes, path: bytes = b"/v1/completions"
+    ) -> AsyncIterator[Caller]:
         """A raw connection on which one request has been sent; a framing among the fields stands for the body's own."""
         port = int(self.url.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -205,5 +207,3 @@ def server(binary: str) -> Iterator[Server]:
         finally:
             server.process.kill()
             server.process.wait()
-
-

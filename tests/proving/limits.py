@@ -28,9 +28,7 @@ def rate(amount: int, period: str, *, burst: int | None = None, name: str = "rat
     return Limit(name, "rate", count, amount, capacity, PERIODS[period] * 1_000_000, period, None, ("team",))
 
 
-def quota(
-    amount: int, window: str, *, zone: str = "UTC", name: str = "quota", count: Count = "requests"
-) -> Limit:
+def quota(amount: int, window: str, *, zone: str = "UTC", name: str = "quota", count: Count = "requests") -> Limit:
     return Limit(name, "quota", count, amount, amount, 0, window, ZoneInfo(zone), ("team",))
 
 
@@ -128,7 +126,7 @@ def everything(client: redis.Redis) -> Everything:
 async def until(condition: Any, patience: float = 20.0) -> None:
     """Until it holds; an assertion fails when it does not in all that time."""
     async with asyncio.timeout(patience):
-        while not condition():  # noqa: ASYNC110 - what is waited for is in another process
+        while not condition():
             await asyncio.sleep(0.005)
 
 
