@@ -7,7 +7,7 @@ floor 1, documents:  settings, policy
 floor 2, decisions:  identity, contract, normalize, usage, terms, standings
 floor 3, resources:  store, keys, admission, wire, pools, ledger
 floor 4, exchange:   exchange, proxy
-floor 5, process:    telemetry, reload, echo, app, cli
+floor 5, process:    telemetry, reload, echo, app, server, cli
 """
 
 __version__ = "0.1.0"

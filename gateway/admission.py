@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Protocol
@@ -130,7 +131,8 @@ class Admission:
         cancelled = False
         while not answer.done():
             try:
-                await asyncio.wait((answer,))
+                with suppress(Exception):  # told below
+                    await asyncio.shield(answer)
             except asyncio.CancelledError:  # the caller leaves; the settlement is still waited for, its time is bounded
                 cancelled = True
         if not self._acknowledged(lease.id, answer):

@@ -121,7 +121,7 @@ class until_hang_up:  # noqa: N801 - reads as what it does: async with until_han
         owner = asyncio.current_task()
         assert owner is not None
         self._owner = owner
-        self._watch = owner.get_loop().create_task(self._receive())  # type: ignore[arg-type]
+        self._watch = asyncio.ensure_future(self._receive())
         self._watch.add_done_callback(self._hung_up)
 
     def _hung_up(self, watch: asyncio.Future[Message]) -> None:

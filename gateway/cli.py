@@ -123,11 +123,12 @@ async def _serving(settings: Settings, url: str, started: Callable[[Settings, Ga
 
     from gateway.app import opened
     from gateway.reload import reload
+    from gateway.server import Protocol
 
     async with opened(settings, url) as gateway:
         config = uvicorn.Config(
             gateway,
-            http="httptools",
+            http=Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -16,6 +16,10 @@ _log = structlog.get_logger("gateway.policies")
 def read(directory: Path, before: Pools | None = None) -> Policies:
     """The policies of a directory with their pools. Raises PolicyError."""
     snapshot = load(directory)
+    for name, pool in snapshot.pools.items():
+        for upstream in pool.upstreams:
+            if upstream.key_env and not os.environ.get(upstream.key_env):
+                _log.warning("upstream_without_key", pool=name, url=upstream.url, variable=upstream.key_env)
     return Policies(snapshot, Pools(snapshot.pools, os.environ, before))
 
 

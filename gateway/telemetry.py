@@ -57,7 +57,8 @@ def set_up(format_: str, stream: BinaryIO | None = None) -> None:
     )
     handler.setFormatter(formatter)
     root = logging.getLogger()
-    root.handlers, root.level = [handler], logging.WARNING
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_meant)
 
 

@@ -101,8 +101,9 @@ def usage_of(tail: Tail, *, stream: bool, input_estimate: int) -> Usage:
     text = tail.bytes()
     reported = _last_event(text) if stream else _document(text, whole=len(text) == tail.length)
     if reported is None or reported == _Reported():
-        # An event is two lines (its data and the blank one), and at least one token; a plain answer is text.
-        output = tail.lines // 2 if stream else -(-tail.length // 4)
+        # An event is two lines (its data and the blank one), and at least one token but for [DONE]; a plain answer is
+        # text, four bytes a token.
+        output = max(0, tail.lines // 2 - text[-16:].count(b"[DONE]")) if stream else -(-tail.length // 4)
         return Usage(input_estimate, output, source="counted")
     prompt = _credible(reported.prompt_tokens)
     completion = reported.completion_tokens

@@ -17,6 +17,7 @@ PACKAGE = Path(gateway.__file__).parent
 
 # Where a library may be imported; one that is not named here is part of the language, or everybody's (msgspec).
 HOMES: dict[str, tuple[str, ...]] = {
+    "hiredis": ("store",),
     "httptools": ("wire",),
     "httpx": ("wire", "pools"),
     "pydantic": ("policy",),
@@ -25,7 +26,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "starlette": ("app", "echo"),
     "structlog": ("telemetry", "admission", "reload", "cli"),
     "typer": ("cli",),
-    "uvicorn": ("cli",),
+    "uvicorn": ("server", "cli"),
     "uvloop": ("cli",),
     "yaml": ("policy",),
 }

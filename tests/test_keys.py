@@ -104,10 +104,10 @@ async def test_a_key_ends_when_it_expires(store_url: str) -> None:
     async with ring(store_url) as keys:
         now = time.time()
         _, past = await create(keys, expires=now - 1)
-        _, soon = await create(keys, expires=now + 0.2)
+        _, soon = await create(keys, expires=now + 0.5)
         _, later = await create(keys, expires=now + 60)
         assert [known(keys, key) is not None for key in (past, soon, later)] == [False, True, True]
-        await asyncio.sleep(now + 0.25 - time.time())
+        await asyncio.sleep(now + 0.55 - time.time())
         assert known(keys, soon) is None
         assert [r.state(time.time()) for r in keys.records()] == ["expired", "expired", "active"]
 

@@ -43,12 +43,14 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], io.BytesI
 
     def set_up(format_: str) -> io.BytesIO:
         stream = io.BytesIO()
+        root.setLevel(logging.DEBUG)
         telemetry.set_up(format_, stream)
         return stream
 
     yield set_up
     configure(**before)
-    root.handlers, root.level = handlers, level
+    root.handlers = handlers
+    root.setLevel(level)
 
 
 def parsed(stream: io.BytesIO) -> list[dict[str, Any]]:
@@ -229,6 +231,7 @@ def test_a_line_is_told_whatever_it_is_of(lines: Callable[[str], io.BytesIO], fo
 def test_an_answer_that_is_cut_on_purpose_is_no_defect(lines: Callable[[str], io.BytesIO]) -> None:
     stream = lines("json")
     uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.setLevel(logging.NOTSET)  # whatever a server in another test has set
     for error in (Cut(), ValueError("a defect")):
         uvicorn.error("Exception in ASGI application", exc_info=error)
     (line,) = parsed(stream)

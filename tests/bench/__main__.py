@@ -147,7 +147,7 @@ def load(port: int, key: str, callers: int, seconds: float, *words: str) -> dict
 
 @contextmanager
 def house(keys: int = 0) -> Iterator[list[Measured]]:
-    """nginx (where there is one), forwarding alone, and the gateway, on one backend."""
+    """nginx (where there is one), uvicorn's hello, forwarding alone, and the gateway, on one backend."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         backend = free_port()
@@ -163,10 +163,11 @@ def house(keys: int = 0) -> Iterator[list[Measured]]:
                 ["pgrep", "-P", (folder / "nginx.pid").read_text().strip()], capture_output=True, text=True
             )
             proxies.append(Measured("nginx", port, "-", [int(pid) for pid in worker.stdout.split()]))
-        port = free_port()
-        process = start(stack, [sys.executable, "-m", "tests.bench.forward", str(port), str(backend)], MEASURED)
-        listening(port)
-        proxies.append(Measured("forwarding alone", port, "-", [process.pid]))
+        for name, words in (("uvicorn's hello", ["0"]), ("forwarding alone", [str(backend)])):
+            port = free_port()
+            process = start(stack, [sys.executable, "-m", "tests.bench.forward", str(port), *words], MEASURED)
+            listening(port)
+            proxies.append(Measured(name, port, "-", [process.pid]))
         proxies.append(gateway(stack, folder, backend))
         yield proxies
 
@@ -187,7 +188,7 @@ def gateway(stack: ExitStack, folder: Path, backend: int) -> Measured:
     process = start(stack, [*command, "serve", "--port", str(port), *words], MEASURED, env=environment)
     listening(port)
     with redis.Redis(unix_socket_path=str(folder / "state" / "valkey.sock")) as client:
-        store = int(client.info("server")["process_id"])  # type: ignore[index]
+        store = int(client.info("server")["process_id"])
     os.sched_setaffinity(store, OTHERS)
     return Measured("gateway", port, json.loads(made.stdout)["key"], [process.pid], store)
 
@@ -295,7 +296,7 @@ def main() -> None:
         show_requests(proxies, given.callers)
         show_latency(proxies, 3, given.seconds)
         for streams in given.streams:
-            show_streams(proxies, streams, 2)
+            show_streams([p for p in proxies if p.name != "uvicorn's hello"], streams, 2)
 
 
 if __name__ == "__main__":

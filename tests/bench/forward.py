@@ -1,6 +1,7 @@
 """Forwarding alone: the wire between two sockets, without key, contract, limits, ledger and log.
 
-`python -m tests.bench.forward PORT BACKEND_PORT`. What the gateway costs beyond it is what its decisions cost.
+`python -m tests.bench.forward PORT BACKEND_PORT`, or 0 for no backend: an answer from memory, the floor of all that
+stands on uvicorn. What the gateway costs beyond it is what its decisions cost.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import uvicorn
 from gateway.asgi import Receive, Scope, Send, read_body
 from gateway.policy import PoolPolicy, UpstreamPolicy
 from gateway.pools import Answer, Upstream
+from gateway.server import Protocol
 from gateway.wire import Wire
+from tests.bench.backend import ANSWER
 
 
 class Forward:
@@ -34,12 +37,20 @@ class Forward:
         await send(answer.end)
 
 
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    """The backend's own answer, without a backend."""
+    await read_body(scope, receive, 1 << 20)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(ANSWER))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": ANSWER, "more_body": False})
+
+
 if __name__ == "__main__":
     uvicorn.run(
-        Forward(int(sys.argv[2])),
+        Forward(int(sys.argv[2])) if int(sys.argv[2]) else hello,
         port=int(sys.argv[1]),
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -27,6 +27,7 @@ import yaml
 
 from gateway import app
 from gateway.echo import create_app
+from gateway.server import Protocol
 from gateway.settings import Settings
 
 MODEL = "accounts/fireworks/models/llama-v2-7b"
@@ -114,7 +115,7 @@ async def served(application: Any) -> AsyncIterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         application,
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
