@@ -45,6 +45,7 @@ Item = tuple[Sequence[str], Sequence[object]]  # the keys of one request, and it
 _MOST_ITEMS = 64
 _TIMEOUTS_TO_AWAY = 3
 _PROBE_SECONDS = (0.05, 1.0)
+_START_SECONDS = 30.0  # a long AOF is read before the first answer
 
 Failures = (redis.exceptions.RedisError, OSError, TimeoutError)
 # What a server answers that does not do its work at the moment: full, a replica, cannot write its disk, in a script.
@@ -288,7 +289,7 @@ class Embedded:
         command = [_server_binary(), *(word for name, value in options.items() for word in (f"--{name}", value))]
         # A session of its own: Ctrl-C on the terminal is for the gateway, which settles first.
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-        patience = time.monotonic() + 30  # a long AOF is read before the first answer
+        patience = time.monotonic() + _START_SECONDS
         while not _answers(self._socket):
             if server.poll() is not None or time.monotonic() > patience:
                 server.kill()  # two servers must never write one AOF

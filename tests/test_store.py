@@ -443,6 +443,19 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     assert not answering(embedded)
 
 
+def test_a_server_that_is_not_waited_for_any_longer_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers must never write one file."""
+    slow = tmp_path / "slow-server"
+    slow.write_text('#!/bin/sh\necho $$ > "$(dirname "$0")/pid"\nexec sleep 60\n')
+    slow.chmod(0o700)
+    monkeypatch.setattr(store_module, "_server_binary", lambda: str(slow))
+    monkeypatch.setattr(store_module, "_START_SECONDS", 1.0)
+    with pytest.raises(StoreError, match="did not start"):
+        Embedded(tmp_path / "state").__enter__()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_a_state_folder_that_is_none_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"cannot be started in .*file"):
