@@ -123,21 +123,9 @@ async def _serving(settings: Settings, url: str, started: Callable[[Settings, Ga
 
     from gateway.app import opened
     from gateway.reload import reload
-    from gateway.server import Protocol
+    from gateway.server import config
 
     async with opened(settings, url) as gateway:
-        config = uvicorn.Config(
-            gateway,
-            http=Protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            date_header=False,  # the backend's own Date passes; answers of ours bring one
-            timeout_graceful_shutdown=int(settings.drain),
-        )
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -158,7 +146,7 @@ async def _serving(settings: Settings, url: str, started: Callable[[Settings, Ga
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
         listener = _listen(settings.host, settings.port)
         settings = replace(settings, port=listener.getsockname()[1])
-        await Server(config).serve([listener])
+        await Server(config(gateway, drain=settings.drain)).serve([listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

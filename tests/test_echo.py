@@ -31,7 +31,9 @@ FOREVER = 600  # seconds: who waits for the end of it has hung
 @asynccontextmanager
 async def serving() -> AsyncIterator[str]:
     """The address of a backend with a ledger of its own."""
-    config = uvicorn.Config(echo.create_app(), log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        echo.create_app(), log_config=None, log_level="critical", lifespan="off", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         task = asyncio.create_task(server.serve([listening]))

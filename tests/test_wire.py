@@ -279,11 +279,11 @@ async def test_whether_the_end_comes_next_can_be_waited_for(rest: bytes | None, 
 async def test_waiting_for_the_end_in_vain_is_not_the_upstreams_silence() -> None:
     more = asyncio.Event()
     steps = (Peer.request, EVENTS + chunk(b"a"), more, chunk(b"b") + END)
-    async with Backend(*steps) as backend, wired(backend, idle="40ms") as wire:
+    async with Backend(*steps) as backend, wired(backend, idle="250ms") as wire:
         answer = await ask(wire)
         assert await anext(answer) == b"a"
         assert not await answer.ends(0.01)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.4)
         more.set()
         assert await read(answer) == b"b"
 
@@ -627,17 +627,17 @@ async def test_each_piece_begins_the_idle_deadline_anew() -> None:
             await peer.send(chunk(b"a"))
         await peer.send(END)
 
-    async with Backend(Peer.request, EVENTS, slowly) as backend, wired(backend, idle="100ms") as wire:
+    async with Backend(Peer.request, EVENTS, slowly) as backend, wired(backend, idle="200ms") as wire:
         assert await exchange(wire) == b"a" * 8
 
 
 async def test_a_slow_reader_is_not_the_upstreams_silence() -> None:
     first, second = asyncio.Event(), asyncio.Event()
     steps = (Peer.request, EVENTS, first, turn, chunk(b"a"), second, chunk(b"b") + END)
-    async with Backend(*steps) as backend, wired(backend, idle="40ms") as wire:
+    async with Backend(*steps) as backend, wired(backend, idle="250ms") as wire:
         answer = await ask(wire)
         for event, piece in ((first, b"a"), (second, b"b")):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.4)
             event.set()
             assert await anext(answer) == piece
         await answer.aclose()
@@ -648,7 +648,7 @@ async def test_an_answer_that_trickles_for_ever_has_until_the_total_deadline() -
         await peer.send(chunk(b"a"))
         await asyncio.sleep(0.01)
 
-    async with Backend(Peer.request, EVENTS, forever(trickle)) as backend, wired(backend, total="80ms") as wire:
+    async with Backend(Peer.request, EVENTS, forever(trickle)) as backend, wired(backend, total="500ms") as wire:
         answer = await ask(wire)
         with fails("upstream_total_timeout", UpstreamTimeout):
             await read(answer)
@@ -656,11 +656,11 @@ async def test_an_answer_that_trickles_for_ever_has_until_the_total_deadline() -
 
 
 async def test_a_deadline_of_one_request_does_not_meet_the_next() -> None:
-    short = {"first_byte": "60ms", "idle": "60ms", "total": "60ms"}
+    short = {"first_byte": "300ms", "idle": "300ms", "total": "300ms"}
     async with Backend(forever(Peer.request, ok(b"{}"))) as backend, wired(backend, **short) as wire:
         for _ in range(6):
             await exchange(wire)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.08)
         assert len(backend.peers) == 1
 
 

@@ -6,6 +6,7 @@ stands on uvicorn. What the gateway costs beyond it is what its decisions cost.
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import uvicorn
@@ -13,7 +14,7 @@ import uvicorn
 from gateway.asgi import Receive, Scope, Send, read_body
 from gateway.policy import PoolPolicy, UpstreamPolicy
 from gateway.pools import Answer, Upstream
-from gateway.server import Protocol
+from gateway.server import config
 from gateway.wire import Wire
 from tests.bench.backend import ANSWER
 
@@ -46,16 +47,6 @@ async def hello(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 if __name__ == "__main__":
-    uvicorn.run(
-        Forward(int(sys.argv[2])) if int(sys.argv[2]) else hello,
-        port=int(sys.argv[1]),
-        loop="uvloop",
-        http=Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        date_header=False,
-    )
+    port, backend = int(sys.argv[1]), int(sys.argv[2])
+    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
+    uvicorn.Server(config(Forward(backend) if backend else hello, drain=0)).run([listener])

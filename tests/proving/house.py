@@ -27,7 +27,7 @@ import yaml
 
 from gateway import app
 from gateway.echo import create_app
-from gateway.server import Protocol
+from gateway.server import config
 from gateway.settings import Settings
 
 MODEL = "accounts/fireworks/models/llama-v2-7b"
@@ -113,19 +113,7 @@ def documents(upstreams: list[str], **sections: Any) -> dict[str, Any]:
 async def served(application: Any) -> AsyncIterator[str]:
     """The address of an ASGI application that is served in this event loop."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        application,
-        http=Protocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        date_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(config(application, drain=5))
     task = asyncio.ensure_future(server._serve([listener]))
     try:
         while not server.started:
