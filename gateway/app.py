@@ -18,14 +18,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gateway import reload
 from gateway.admission import Admission
 from gateway.asgi import Receive, Scope, Send, refuse
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound, StoreUnavailable
 from gateway.keys import KeyRing
-from gateway.policy import matches
+from gateway.policy import load, matches
 from gateway.pools import Live
 from gateway.proxy import Proxy
-from gateway.reload import read
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.telemetry import observer
@@ -121,7 +121,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
-    policies = read(settings.policies)
+    policies = reload.opened(load(settings.policies))
     store = Store(store_url, deadline=settings.store_deadline)
     keys = KeyRing(store, pepper(settings))
     gateway = Gateway(Live(policies), store, keys, Admission(store))

@@ -15,7 +15,7 @@ from typing import cast
 
 import httpx
 
-from gateway.asgi import END, Message, RawHeaders, end_to_end, header
+from gateway.asgi import END, Message, RawHeaders, end_to_end
 from gateway.errors import GatewayError, UpstreamFailed, UpstreamsBusy
 from gateway.normalize import InferenceRequest
 from gateway.policy import PoolPolicy, Snapshot, Timeouts, UpstreamPolicy
@@ -107,8 +107,8 @@ class Answer:
         self.attempts = attempts
         self.answered = time.monotonic()
         self.tail = Tail()
-        content_type = header(self.headers, b"content-type") or header(self.headers, b"Content-Type") or b""
-        self.is_stream = content_type.startswith(b"text/event-stream")
+        content_type = next((value for name, value in self.headers if name.lower() == b"content-type"), b"")
+        self.is_stream = content_type.lower().startswith(b"text/event-stream")
         self.end: Message = END
         self._stream = cast(Reply, response.stream)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
 import structlog
 
-from gateway.policy import PolicyError, load
+from gateway.policy import PolicyError, Snapshot, load
 from gateway.pools import Live, Policies, Pools
 
 _log = structlog.get_logger("gateway.policies")
+_one_at_a_time = asyncio.Lock()
 
 
-def read(directory: Path, before: Pools | None = None) -> Policies:
-    """The policies of a directory with their pools. Raises PolicyError."""
-    snapshot = load(directory)
+def opened(snapshot: Snapshot, before: Pools | None = None) -> Policies:
+    """A snapshot with its pools."""
     for name, pool in snapshot.pools.items():
         for upstream in pool.upstreams:
             if upstream.key_env and not os.environ.get(upstream.key_env):
@@ -25,13 +26,19 @@ def read(directory: Path, before: Pools | None = None) -> Policies:
 
 async def reload(live: Live, directory: Path) -> bool:
     """Take the documents as they are now; with a mistake in them everything stays as it is. Returns whether it did."""
+    async with _one_at_a_time:
+        return await _reload(live, directory)
+
+
+async def _reload(live: Live, directory: Path) -> bool:
     before = live.policies
     try:
-        live.policies = read(directory, before.pools)
+        snapshot = await asyncio.to_thread(load, directory)  # thousands of teams are read in most of a second
     except (PolicyError, OSError) as found:
         mistakes = found.mistakes if isinstance(found, PolicyError) else (str(found),)
         _log.error("policies_refused", mistakes=mistakes, revision=before.snapshot.revision)
         return False
+    live.policies = opened(snapshot, before.pools)
     _log.info("policies_taken", revision=live.policies.snapshot.revision)
     await before.pools.retire(live.policies.pools)
     return True

@@ -42,7 +42,7 @@ Arg = str | bytes | int | float
 Item = tuple[Sequence[str], Sequence[object]]  # the keys of one request, and its words (MessagePack's types, no bytes)
 
 # A script call stays below the 8,000 values that Lua can unpack, and below a few milliseconds of the server's time.
-_MOST_ITEMS = 64
+_MOST_ITEMS, _MOST_KEYS = 64, 4000
 _TIMEOUTS_TO_AWAY = 3
 _PROBE_SECONDS = (0.05, 1.0)
 _START_SECONDS = 30.0  # a long AOF is read before the first answer
@@ -211,8 +211,15 @@ class Coalesced:
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for start in range(0, len(waiting), _MOST_ITEMS):
-            self._store.spawn(self._send(waiting[start : start + _MOST_ITEMS]))
+        batch: list[tuple[Item, asyncio.Future[Any]]] = []
+        keys = 0
+        for one in waiting:
+            keys += len(one[0][0])
+            if batch and (len(batch) == _MOST_ITEMS or keys > _MOST_KEYS):
+                self._store.spawn(self._send(batch))
+                batch, keys = [], len(one[0][0])
+            batch.append(one)
+        self._store.spawn(self._send(batch))
 
     async def _send(self, batch: list[tuple[Item, asyncio.Future[Any]]]) -> None:
         keys = [key for (keys, _), _ in batch for key in keys]

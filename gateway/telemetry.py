@@ -6,6 +6,7 @@ takes the same way, and at the sink whatever looks like a key is masked, whereve
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -160,7 +161,7 @@ def _logger_name(logger: Any, method: str, event: MutableMapping[str, Any]) -> M
 
 def _meant(record: logging.LogRecord) -> bool:
     """Not a defect, and so not a line: an answer that is cut off on purpose ends uvicorn's task with an exception."""
-    return not (record.exc_info and isinstance(record.exc_info[1], Cut))
+    return not (record.exc_info and isinstance(record.exc_info[1], Cut | asyncio.CancelledError))
 
 
 class _Sink:

@@ -74,6 +74,17 @@ async def test_what_waits_in_one_turn_travels_in_one_call(
         assert calls(server, "evalsha") == 2 * trips
 
 
+async def test_plans_with_very_many_limits_are_admitted_and_settled_together(either_store_url: str) -> None:
+    """Sixty-four requests of 140 limits are more keys than one script call can take: they travel in several."""
+    bound = terms([rate(10_000, "day", name=f"rate-{i}") for i in range(140)])
+    async with gateways(either_store_url) as (admission,):
+        leases = [admission.admit(Request(bound)) for _ in range(64)]
+        await asyncio.gather(*(lease.__aenter__() for lease in leases))
+        assert sorted(lease.standings[0].remaining for lease in leases) == list(range(10_000 - 64, 10_000))
+        await asyncio.gather(*(lease.__aexit__(None, None, None) for lease in leases))
+        assert admission.unsettled == 0
+
+
 async def test_a_caller_who_leaves_does_not_take_the_others_answers_along(either_store_url: str) -> None:
     async with gateways(either_store_url) as (admission,):
         leases = [admission.admit(Request(terms([rate(100 + i, "day", name=f"rate{i}")]))) for i in range(10)]

@@ -74,6 +74,23 @@ async def test_1_a_request_lives_in_one_snapshot(store_url: str) -> None:
         assert await ends_by_itself(house, key) == 404
 
 
+async def test_1_a_reload_while_the_body_comes_does_not_fail_it(store_url: str) -> None:
+    """Its upstream is retired before it is asked, and answers all the same."""
+    async with (
+        Backend(forever(Peer.request, ok(ANSWER))) as backend,
+        gateway(store_url, documents([backend.url])) as house,
+    ):
+        async with house.caller(await house.key(), BODY[:10], b"content-length: %d" % len(BODY)) as caller:
+            async with house.client() as client:  # by its answer the gateway has taken the first half too
+                await client.get("/healthz/live")
+            policy = documents([backend.url])
+            policy["pools"]["demo"]["timeouts"] = {"connect": "3s"}
+            house.documents(policy)
+            assert await reload(house.gateway.live, house.settings.policies)
+            caller.writer.write(BODY[10:])
+            assert (await caller.head()).startswith(b"HTTP/1.1 200")
+
+
 async def test_2_nothing_between_the_two_sockets_looks_into_a_chunk(store_url: str) -> None:
     """Bytes that are no text, no events and no JSON arrive as they were sent, each before the next one is sent."""
     noise = random.Random(2)
