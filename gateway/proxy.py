@@ -60,10 +60,7 @@ class Proxy:
 
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
             head = forwarded(scope["headers"], x.called)
-            async with (
-                until_hang_up(receive),
-                policies.pools.open(x.terms.pool, x.request, head) as x.answer,
-            ):  # 502-504
+            async with until_hang_up(receive), policies.pools.open(x.terms.pool, x.request, head) as x.answer:  # 502-4
                 held = await relay(x, send)  # all but the last piece
         x.started = True
         for message in held:  # after settling
