@@ -64,6 +64,6 @@ class _Gathered:
         self._transport.close()
 
     def _flush(self) -> None:
-        if self._head is not None:
-            head, self._head = self._head, None
+        head, self._head = self._head, None
+        if head is not None and not self._transport.is_closing():  # uvloop refuses to write to what is closed
             self._transport.write(head)

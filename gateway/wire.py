@@ -345,11 +345,11 @@ class _Connection(asyncio.BufferedProtocol):
 
     async def ask(self, question: _Question) -> Reply:
         """Its answer, once the head is here."""
-        if self._closed:
+        self.heard = False
+        if self._closed or self._transport.is_closing():  # uvloop: reset already, and a turn later we are told
             raise _failure("upstream_disconnected")
         self._answer = answer = Reply(self, question.method)
         self.parser = HttpResponseParser(answer)
-        self.heard = False
         self._sent = True
         self._asked_at = self.loop.time()
         self._wire.busy.add(self)

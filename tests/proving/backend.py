@@ -68,6 +68,8 @@ class Peer:
     async def send(self, *pieces: bytes) -> None:
         """Sends each piece by itself, and waits while the other side does not read."""
         for piece in pieces:
+            if self._writer.is_closing():  # uvloop's own word for it is a RuntimeError
+                raise ConnectionResetError
             self._writer.write(piece)
             self.sent += len(piece)
             await self._writer.drain()
