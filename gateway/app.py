@@ -23,12 +23,13 @@ from gateway.admission import Admission
 from gateway.asgi import Receive, Scope, Send, refuse
 from gateway.errors import GatewayError, MethodNotAllowed, NotFound, StoreUnavailable
 from gateway.keys import KeyRing
-from gateway.policy import load, matches
+from gateway.policy import load
 from gateway.pools import Live
 from gateway.proxy import Proxy
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.telemetry import observer
+from gateway.terms import may_use
 
 # As OpenAI's base URL has it, and as the reference's server URL does.
 PREFIXES = ("/v1", "/inference/v1")
@@ -75,9 +76,7 @@ class Gateway:
         usable = [
             {"id": model.name, "object": "model", "created": 0, "owned_by": model.pool}
             for model in snapshot.public_models
-            if team is not None
-            and team.may_use(model.name)
-            and (not principal.models or matches(principal.models, model.name))
+            if team is not None and may_use(principal, team, model.name)
         ]
         return JSONResponse({"object": "list", "data": usable})
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from gateway.admission import ledger_stream
 from gateway.store import Store
 from gateway.usage import UsageRecord
 
@@ -54,7 +55,7 @@ async def rows(store: Store, organisation: str) -> AsyncIterator[tuple[int, Usag
     Raises StoreUnavailable.
     """
     after = b"-"
-    some = partial(store.client.xrange, f"{{{organisation}}}:usage", count=1000)
+    some = partial(store.client.xrange, ledger_stream(organisation), count=1000)
     while entries := await store.call(partial(some, min=after)):
         for entry, fields in entries:
             yield int(entry.partition(b"-")[0]), _decode(fields[b"row"])

@@ -346,6 +346,11 @@ class Limit:
     zone: ZoneInfo | None
     per: tuple[Scope, ...]
 
+    @property
+    def unit(self) -> str:
+        """What is counted, in words."""
+        return "micro-dollars" if self.count == "usd" else self.count.replace("_", " ")
+
     @classmethod
     def of(cls, policy: LimitPolicy, zone: str) -> Limit:
         scale = 1_000_000 if policy.count == "usd" else 1

@@ -26,7 +26,6 @@ class Standing(msgspec.Struct, frozen=True):
 def refusal(standings: tuple[Standing, ...], bound: Standing, wait: float) -> GatewayError:
     """What a caller is told whom the limit of `bound` refuses; `wait` is in seconds, for a rate."""
     limit, scope = bound.charge.limit, bound.charge.scope
-    unit = _unit(limit)
     headers = standing_headers(standings, binding=bound)
     used = max(0, limit.capacity - bound.remaining)
     if limit.kind == "seats":
@@ -35,7 +34,7 @@ def refusal(standings: tuple[Standing, ...], bound: Standing, wait: float) -> Ga
             "one more fits when one of them ends"
         )
         return RateLimited(text, retry_after=_SEAT_WAIT, headers=headers)
-    shown = f"{used} of {limit.capacity} {unit} used, {bound.charge.amount} asked for"
+    shown = f"{used} of {limit.capacity} {limit.unit} used, {bound.charge.amount} asked for"
     if limit.kind == "quota":
         text = (
             f"{scope} has exhausted its quota {limit.name} of this {limit.window}: {shown}; "
@@ -43,14 +42,10 @@ def refusal(standings: tuple[Standing, ...], bound: Standing, wait: float) -> Ga
         )
         return QuotaExhausted(text, headers=headers)
     text = (
-        f"{scope} is over its rate {limit.name} ({limit.amount} {unit} per {limit.window}): {shown}; "
+        f"{scope} is over its rate {limit.name} ({limit.amount} {limit.unit} per {limit.window}): {shown}; "
         f"try again in {_go_duration(wait)}"
     )
     return RateLimited(text, retry_after=wait, headers=headers)
-
-
-def _unit(limit: Limit) -> str:
-    return "micro-dollars" if limit.count == "usd" else limit.count.replace("_", " ")
 
 
 def standing_headers(standings: tuple[Standing, ...], binding: Standing | None = None) -> list[tuple[bytes, bytes]]:

@@ -61,13 +61,18 @@ def used(count: Count, usage: Usage, request: InferenceRequest) -> int:
     return _USED[count](usage, request)
 
 
+def may_use(principal: Principal, team: Team, model: str) -> bool:
+    """Whether both the team and the key allow a model."""
+    return team.may_use(model) and (not principal.models or matches(principal.models, model))
+
+
 def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapshot) -> Terms:
     """The terms of a request. Raises Forbidden (403), and BadRequest for one that no limit could ever hold."""
     model = request.model.name
     team = snapshot.teams.get(principal.team)
     if team is None:
         raise Forbidden("the team of this key is not in the policies any more")
-    if not (team.may_use(model) and (not principal.models or matches(principal.models, model))):
+    if not may_use(principal, team, model):
         whose = "team" if not team.may_use(model) else "key"
         raise Forbidden(f"this {whose} may not use the model {request.asked_model}", param="model")
     output = request.output_bound if snapshot.gateway.reserve == "max" else 0
@@ -108,10 +113,10 @@ _PARAMS = {"completions": "prompt", "chat/completions": "messages"}
 
 
 def _never(limit: Limit, amount: int, request: InferenceRequest) -> BadRequest:
-    unit = "micro-dollars" if limit.count == "usd" else limit.count.replace("_", " ")
     remedy = "" if limit.count == "input_tokens" else f" Lower max_tokens (bound: {request.output_bound}) or n."
     return BadRequest(
-        f"the request may take {amount} {unit}, the limit {limit.name} never holds more than {limit.capacity}.{remedy}",
+        f"the request may take {amount} {limit.unit}, "
+        f"the limit {limit.name} never holds more than {limit.capacity}.{remedy}",
         code="request_exceeds_limit",
         param=_PARAMS[request.endpoint] if limit.count == "input_tokens" else "max_tokens",
     )
