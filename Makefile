@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench docs lock clean
+.PHONY: help run install test check format bench prove-streams docs lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 run: $(VENV)/.runtime ## the gateway with an embedded Valkey and a demo backend, ready to be called
 	@exec $(BIN)/gateway demo
@@ -30,6 +30,9 @@ format: $(VENV)/.dev ## what ruff can mend by itself
 
 bench: $(VENV)/.dev ## CPU per request and per event, beside nginx in the same run
 	$(BIN)/python -m tests.bench $(ARGS)
+
+prove-streams: $(VENV)/.dev ## 10,000 random streams byte for byte, 10,000 cut ones that never look complete
+	$(BIN)/python -m tests.proving.streams --streams 10000 $(ARGS)
 
 docs: $(VENV)/.dev ## write the generated tables of README.md and policies/
 	$(BIN)/python -m tests.docs --write

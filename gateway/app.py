@@ -1,13 +1,15 @@
 """The process: what is open while the gateway runs, and the table of its paths.
 
-The inference paths are found in a table of exact paths, before any router: one look-up in a dictionary. Everything
-else is Starlette's.
+Every path is found in a table of exact paths, as the caller wrote them, before any router: one look-up in a dictionary
+for the inference paths, one more for the rest, which is Starlette's. A router alone would not do: Starlette's matches
+what is left after the escapes are undone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -18,10 +20,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway import reload
+from gateway import drains, reload
 from gateway.admission import Admission
 from gateway.asgi import Receive, Scope, Send, refuse
-from gateway.errors import GatewayError, MethodNotAllowed, NotFound, StoreUnavailable
+from gateway.errors import BadRequest, GatewayError, InternalError, MethodNotAllowed, NotFound, StoreUnavailable
+from gateway.hops import pseudonym
 from gateway.keys import KeyRing
 from gateway.policy import load
 from gateway.pools import Live
@@ -38,31 +41,39 @@ _INFERENCE = {f"{prefix}/{endpoint}".encode(): endpoint for prefix in PREFIXES f
 
 _POST = [(b"allow", b"POST")]
 
+# Escapes that make two readers see two paths: of / \ . NUL CR and LF.
+_AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)
+
 
 class Gateway:
     """The data plane as an ASGI application."""
 
-    def __init__(self, live: Live, store: Store, keys: KeyRing, admission: Admission) -> None:
+    def __init__(self, live: Live, store: Store, keys: KeyRing, admission: Admission, name: bytes) -> None:
         self.live = live
         self.store = store
         self.keys = keys
         self.admission = admission
         self.draining = False
-        self._proxy = Proxy(live, keys, admission, observer())
+        self._proxy = Proxy(live, keys, admission, observer(), name)
         self._rest = Starlette(
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),
                 Route("/healthz/live", self._live, methods=["GET"]),
                 Route("/healthz/ready", self._ready, methods=["GET"]),
             ],
-            exception_handlers={GatewayError: _refused, HTTPException: _refused},
+            exception_handlers={GatewayError: _refused, HTTPException: _refused, Exception: _failed},
         )
+        self._beside = frozenset(route.path.encode() for route in self._rest.routes if isinstance(route, Route))
         self._rest.router.redirect_slashes = False  # an exact table: no path is mended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = _INFERENCE.get(scope.get("raw_path", b""))
+        raw_path = scope.get("raw_path", b"")
+        endpoint = _INFERENCE.get(raw_path)
         if endpoint is None:
-            await self._rest(scope, receive, send)
+            if raw_path in self._beside:
+                await self._rest(scope, receive, send)
+            else:
+                await refuse(send, _nowhere(raw_path))
         elif scope["method"] == "POST":
             await self._proxy(endpoint, scope, receive, send)
         else:
@@ -99,6 +110,23 @@ class Gateway:
         return JSONResponse(body, status_code=503 if reasons else 200)
 
 
+_NO_PATH = "no such path; see /v1/models, /v1/completions and /v1/chat/completions"
+
+
+def _nowhere(raw_path: bytes) -> GatewayError:
+    """What is said of a path that is not in a table."""
+    if _AMBIGUOUS.search(raw_path):
+        return BadRequest("the path has an encoded slash, backslash, dot, NUL, CR or LF", code="invalid_path")
+    return NotFound(_NO_PATH)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Our own shape for a defect, which Starlette raises again, for the log."""
+    response = await _refused(request, InternalError("the gateway failed; its log has more"))
+    response.headers["connection"] = "close"
+    return response
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     """Our own shape for whatever the router refuses."""
     if isinstance(error, HTTPException):
@@ -106,7 +134,7 @@ async def _refused(request: Request, error: Exception) -> Response:
             allowed = [(b"allow", (error.headers or {}).get("Allow", "POST").encode())]
             error = MethodNotAllowed(f"{request.method} is not for this path", headers=allowed)
         else:
-            error = NotFound("no such path; see /v1/models, /v1/completions and /v1/chat/completions")
+            error = NotFound(_NO_PATH)
     assert isinstance(error, GatewayError)
     status, headers, body = error.render()
     response = Response(body, status)
@@ -121,12 +149,15 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
     policies = reload.opened(load(settings.policies))
+    policies.pools.watch()
     store = Store(store_url, deadline=settings.store_deadline)
-    keys = KeyRing(store, pepper(settings))
-    gateway = Gateway(Live(policies), store, keys, Admission(store))
+    secret = pepper(settings)
+    keys = KeyRing(store, secret)
+    gateway = Gateway(Live(policies), store, keys, Admission(store), pseudonym(secret))
     with suppress(StoreUnavailable):
         await keys.load()
-    tasks = [asyncio.ensure_future(work) for work in (keys.follow(), gateway.admission.keep_up())]
+    followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
+    tasks = [asyncio.ensure_future(work) for work in (keys.follow(), gateway.admission.keep_up(), followed)]
     try:
         yield gateway
     finally:

@@ -56,6 +56,12 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes] = 
     return [header for header in kept if header[0].lower() not in named] if named else kept
 
 
+def named_by_connection(headers: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
+    """The names that Connection nominates: they belong to this hop, and do not travel."""
+    values = [value for name, value in headers if name == b"connection"]
+    return {word.strip().lower() for value in values for word in value.split(b",")}
+
+
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     """The first value of a header, or None."""
     for key, value in headers:

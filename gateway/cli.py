@@ -1,4 +1,4 @@
-"""The commands: serve, demo, echo, check, keys, usage. Tables for people, --json for programs.
+"""The commands: serve, demo, echo, check, keys, upstreams, usage. Tables for people, --json for programs.
 
 Exit codes: 0 done; 1 the thing asked about is wrong or not there; 2 the command line is wrong; 3 the store or the
 address cannot be used.
@@ -16,17 +16,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import typer
 
+from gateway.documents import PolicyError
 from gateway.errors import GatewayError
-from gateway.policy import PolicyError, load
+from gateway.language import UpstreamPolicy
+from gateway.policy import load
 from gateway.settings import Settings, SettingsError
 from gateway.store import Embedded, Store, StoreError
 
@@ -50,6 +53,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
+upstreams_app = typer.Typer(help="List, drain and resume backends.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(upstreams_app, name="upstreams")
 
 PoliciesOption = Annotated[Path | None, typer.Option("--policies", metavar="DIR", help="policy documents [policies]")]
 StateOption = Annotated[Path | None, typer.Option("--state", metavar="DIR", help="state folder [.gateway]")]
@@ -295,6 +300,71 @@ def keys_revoke(
         typer.echo(json.dumps(record.public(time.time())) if as_json else f"key {record.id} is revoked")
 
     _with_keys(_settings(state=state), revoke)
+
+
+# — upstreams
+
+UpstreamArgument = Annotated[str, typer.Argument(metavar="UPSTREAM", help="POOL/HOST:PORT, as the list has it")]
+
+
+@upstreams_app.command("list")
+def upstreams_list(as_json: JsonOption = False, policies: PoliciesOption = None, state: StateOption = None) -> None:
+    """List the upstreams of the policies, and which of them are drained."""
+    from gateway.drains import drained
+
+    settings = _settings(policies=policies, state=state)
+    known = _upstreams(settings)
+
+    async def show(store: Store) -> None:
+        names = await drained(store)
+        rows = [
+            {"upstream": name, "weight": own.weight, "drained": "by command" if name in names else "by policy"}
+            if name in names or own.drain
+            else {"upstream": name, "weight": own.weight, "drained": None}
+            for name, own in known.items()
+        ]
+        if as_json:
+            typer.echo(json.dumps(rows))
+            return
+        columns = ("upstream", "weight", "drained")
+        _table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+
+    _with_store(settings, show)
+
+
+@upstreams_app.command("drain")
+def upstreams_drain(upstream: UpstreamArgument, policies: PoliciesOption = None, state: StateOption = None) -> None:
+    """Give nothing new to an upstream, within a second and in every gateway of the store; what it has goes on."""
+    from gateway.drains import drain
+
+    settings = _settings(policies=policies, state=state)
+    _known(upstream, _upstreams(settings))
+    _with_store(settings, lambda store: drain(store, upstream))
+    typer.echo(f"{upstream} is drained; gateway upstreams resume {upstream} ends it")
+
+
+@upstreams_app.command("resume")
+def upstreams_resume(upstream: UpstreamArgument, policies: PoliciesOption = None, state: StateOption = None) -> None:
+    """End what `drain` began."""
+    from gateway.drains import resume
+
+    settings = _settings(policies=policies, state=state)
+    _known(upstream, _upstreams(settings))
+    _with_store(settings, lambda store: resume(store, upstream))
+    typer.echo(f"{upstream} gets requests again")
+
+
+def _upstreams(settings: Settings) -> dict[str, UpstreamPolicy]:
+    try:
+        pools = load(settings.policies).pools
+    except PolicyError as error:
+        _fail(str(error), WRONG)
+    return {f"{name}/{urlsplit(own.url).netloc}": own for name, pool in pools.items() for own in pool.upstreams}
+
+
+def _known(upstream: str, known: Iterable[str]) -> None:
+    if upstream not in known:
+        _fail(f'"{upstream}" is no upstream of the policies, expected one of {", ".join(known)}', WRONG)
 
 
 # — usage

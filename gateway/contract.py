@@ -399,6 +399,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "chat/completions": Schema(
         {
             **{name: COMPLETION[name] for name in _CHAT},
+            **{name: SINCE_2026[name] for name in ("prompt_cache_key", "stream_options")},
             "messages": Member("an array with at least one message", partial(_array, _ITEM)),
             "tools": _shape("an array", partial(_array, _ARRAY)),
         },

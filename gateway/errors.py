@@ -128,6 +128,63 @@ class TooLarge(GatewayError):
     closes = True
 
 
+class InvalidHTTP(BadRequest):
+    """400: not a request that is read here. Where the next one would begin is in doubt, so the connection ends."""
+
+    code = "invalid_http"
+    closes = True
+
+
+class RequestTimeout(GatewayError):
+    """408: the rest of the request did not come in its time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+    fault = "caller"
+    closes = True
+
+
+class TargetTooLong(GatewayError):
+    """414: the target is over the cap."""
+
+    status = 414
+    type = "invalid_request_error"
+    code = "target_too_long"
+    fault = "caller"
+    closes = True
+
+
+class ExpectationFailed(GatewayError):
+    """417: an Expect other than 100-continue."""
+
+    status = 417
+    type = "invalid_request_error"
+    code = "expectation_failed"
+    fault = "caller"
+    closes = True
+
+
+class HeadTooLarge(GatewayError):
+    """431: the header block is over a cap, in bytes or in fields."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
+    fault = "caller"
+    closes = True
+
+
+class VersionNotSupported(GatewayError):
+    """505: another HTTP than 1.0 and 1.1."""
+
+    status = 505
+    type = "invalid_request_error"
+    code = "http_version_not_supported"
+    fault = "caller"
+    closes = True
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with a request: where (`("prompt", 0)`), what was found and expected, and its kind."""
@@ -214,6 +271,13 @@ class StoreUnavailable(GatewayError):
 
     status = 503
     code = "store_unavailable"
+
+
+class LoopDetected(GatewayError):
+    """508: the request came through this gateway before (RFC 5842 section 7.2 lends the number)."""
+
+    status = 508
+    code = "loop_detected"
 
 
 class InternalError(GatewayError):

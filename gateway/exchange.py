@@ -8,11 +8,12 @@ from typing import Literal
 
 from gateway.admission import Lease
 from gateway.errors import ClientGone, Fault, GatewayError
+from gateway.hops import Way
 from gateway.identity import Principal
 from gateway.normalize import InferenceRequest
 from gateway.policy import Limit
-from gateway.pools import Answer
 from gateway.terms import Terms, used
+from gateway.upstream import Answer
 from gateway.usage import NOTHING, REFUSED, Usage, UsageRecord, usage_of
 
 Ended = Literal["complete", "refused", "client", "upstream", "gateway"]
@@ -26,6 +27,7 @@ class Exchange:
         "answer",
         "body_read",
         "called",
+        "commented",
         "ended",
         "endpoint",
         "error",
@@ -36,6 +38,7 @@ class Exchange:
         "request",
         "started",
         "terms",
+        "way",
     )
 
     def __init__(self, endpoint: str, called: bytes | None) -> None:
@@ -45,6 +48,7 @@ class Exchange:
         self.received = time.monotonic()
         self.body_read = False
         self.principal: Principal | None = None
+        self.way: Way | None = None
         self.request: InferenceRequest | None = None
         self.terms: Terms  # known before it is admitted
         self.lease: Lease | None = None
@@ -52,6 +56,7 @@ class Exchange:
         self.error: GatewayError | None = None
         self.ended: Ended = "gateway"
         self.started = False  # whether a status line went out
+        self.commented = False  # and whether that was ours, before there was an answer
         self._usage: Usage | None = None
 
     @property
@@ -108,7 +113,7 @@ class Exchange:
             key=self.terms.key_id,
             user=self.terms.user,
             model=self.request.model.name,
-            pool=self.terms.pool,
+            pool=self.terms.pool if answer is None else answer.model.pool,
             upstream=None if answer is None else answer.upstream.name,
             endpoint=self.endpoint,
             status=self.status,

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
-from msgspec.json import encode
+from msgspec.json import Decoder, encode
 
 from gateway import contract
 from gateway.contract import Members, Prompts, Values, cut
 from gateway.errors import Invalid, NotFound, Problem
-from gateway.policy import Effort, Family, Model, Snapshot
+from gateway.language import Effort
+from gateway.policy import Family, Model, Snapshot
 
 # Callers may write integers of any size. No limit is larger (policy.py), and the store's arithmetic is exact so far.
 MAX_BOUND = 10**12
@@ -35,6 +36,9 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     user: str | None
     input_estimate: int  # tokens: a quarter of the bytes of text, or the exact count of a prompt in tokens
     output_bound: int  # the most output tokens that it may produce, over all prompts and choices
+    session: bytes = b""  # what requests have in common that should meet the same upstream; only where a pool asks
+    injected: bool = False  # the body asks for usage in an event of its own, and the caller did not
+    given: bytes = b""  # the caller's own body; only where another model may have to answer it
 
 
 def normalize(endpoint: str, body: bytes, snapshot: Snapshot) -> InferenceRequest:
@@ -42,26 +46,58 @@ def normalize(endpoint: str, body: bytes, snapshot: Snapshot) -> InferenceReques
     members, values, problems = contract.read(endpoint, body, strict=snapshot.strict)
     asked = values.get("model")
     model = None if asked is None else snapshot.models.get(asked)
+    if problems or model is not None:
+        return _for(model, endpoint, body, members, values, problems)
+    assert asked is not None
+    unknown = f'Model not found, inaccessible, and/or not deployed: "{cut(asked, 200)}"'
+    raise NotFound(unknown, code="model_not_found", param="model")
+
+
+def instead(request: InferenceRequest, model: Model, snapshot: Snapshot) -> InferenceRequest:
+    """The same request for a model that stands in for its own. Raises Invalid where that does not take it."""
+    members, values, problems = contract.read(request.endpoint, request.given, strict=snapshot.strict)
+    return _for(model, request.endpoint, request.given, members, values, problems)
+
+
+def _for(
+    model: Model | None, endpoint: str, body: bytes, members: Members, values: Values, problems: list[Problem]
+) -> InferenceRequest:
     if model is not None and model.family is not None:
         problems += _unsupported(model, model.family, values)
     if problems:
         raise Invalid(problems)
-    assert asked is not None
-    if model is None:
-        unknown = f'Model not found, inaccessible, and/or not deployed: "{cut(asked, 200)}"'
-        raise NotFound(unknown, code="model_not_found", param="model")
+    assert model is not None
     prompts = _prompts(values)
+    asked = values["model"]
+    stream = values.get("stream") is True
+    edits = _edits(model, asked, values)
+    injected = stream and model.usage != "native" and _asks_for_usage(model, members, values, edits)
     return InferenceRequest(
         endpoint=endpoint,
         path=f"/v1/{endpoint}",
         model=model,
         asked_model=asked,
-        body=_spliced(body, members, _edits(model, asked, values)),
-        stream=values.get("stream") is True,
+        body=_spliced(body, members, edits),
+        stream=stream,
         user=values.get("user"),
         input_estimate=prompts.tokens,
         output_bound=_output_bound(model, values, prompts.number),
+        session=_session(members, values) if model.affinity else b"",
+        injected=injected,
+        given=body if model.fallbacks else b"",
     )
+
+
+_BEGINNING = 1024  # bytes of a prompt that are taken for what it shares with others: a system prompt, a document
+
+
+def _session(members: Members, values: Values) -> bytes:
+    """What an upstream's cache knows a request by, as far as the body tells (headers come before it)."""
+    named = values.get("prompt_cache_key") or values.get("user")
+    if named is not None:
+        return str(named).encode("utf-8", "surrogatepass")
+    prompt = next(raw for name, raw in members if name in ("prompt", "messages"))
+    return bytes(memoryview(prompt)[:_BEGINNING])
 
 
 def _prompts(values: Values) -> Prompts:
@@ -162,11 +198,25 @@ def _meant(alias: str, values: Values) -> bytes | None:
     return values[alias] if alias == "prediction" else None
 
 
+def _asks_for_usage(model: Model, members: Members, values: Values, edits: dict[str, Edit]) -> bool:
+    """Adds the edit that makes a stream tell its usage. Returns whether the caller had not asked for that himself."""
+    given = values.get("stream_options") or {}
+    options = dict.fromkeys(_USAGE_OPTIONS[model.usage], True)
+    raw = next((raw for name, raw in members if given and name == "stream_options"), None)
+    if raw is not None:
+        options = {**_OPTIONS.decode(raw), **options}
+    edits["stream_options"] = ("stream_options", encode(options))
+    return given.get("include_usage") is not True
+
+
+_OPTIONS = Decoder(dict[str, Any])
+_USAGE_OPTIONS = {"inject": ("include_usage",), "continuous": ("include_usage", "continuous_usage_stats")}
+
 _NAME = re.compile(rb'\s*[{,](\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*)')
 
 
 def _spliced(body: bytes, members: Members, edits: Mapping[str, Edit]) -> bytes:
-    """The body with its edits, each in its place; the same object where there are none."""
+    """The body with its edits, each in its place, and at the end what had none; the same object without edits."""
     if not edits:
         return body
     view = memoryview(body)
@@ -187,4 +237,9 @@ def _spliced(body: bytes, members: Members, edits: Mapping[str, Edit]) -> bytes:
         if (edit := edits[name]) is not None:
             new_name, new_value = edit
             pieces += (comma, encode(new_name), b":", new_value or view[value:end])
-    return b"".join((*pieces, view[end:]))
+    if not left:
+        return b"".join((*pieces, view[end:]))
+    brace = body.rindex(b"}")
+    names = {name for name, _ in members}
+    new = [b",%b:%b" % (encode(edit[0]), edit[1] or b"") for name, edit in edits.items() if name not in names and edit]
+    return b"".join((*pieces, view[end:brace], *new, view[brace:]))

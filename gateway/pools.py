@@ -1,215 +1,233 @@
-"""Pools of upstreams: which one is asked, and what it answers.
+"""Pools of upstreams: who is asked, who is asked next, and who when a whole pool is down.
 
-A request goes to the less busy of two upstreams drawn at random (power of two choices). While nothing was answered,
-the next one is asked; after the first byte of an answer nobody else is.
+While nothing was answered, another upstream may be asked, and after all of a pool another pool; after the first byte
+of an answer nobody else is. All of it happens within the time that the first upstream had for its first byte.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
-from typing import cast
 
-import httpx
+from gateway.asgi import RawHeaders, header
+from gateway.balance import Rotation, Weighed, by_affinity, least_busy
+from gateway.bridge import Bridge
+from gateway.errors import Invalid, UpstreamFailed, UpstreamsBusy
+from gateway.health import Budget
+from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
+from gateway.normalize import InferenceRequest, instead
+from gateway.policy import Snapshot
+from gateway.upstream import Answer, Upstream, cause_of
+from gateway.wire import Wire, trusting
 
-from gateway.asgi import END, Message, RawHeaders, end_to_end
-from gateway.errors import GatewayError, UpstreamFailed, UpstreamsBusy
-from gateway.normalize import InferenceRequest
-from gateway.policy import PoolPolicy, Snapshot, Timeouts, UpstreamPolicy
-from gateway.usage import Tail
-from gateway.wire import Reply, Wire
-
-_ATTEMPTS = 2
-
-# SDKs stop reading at `data: [DONE]`: to them that event is the last byte, so it is held back with the end that follows
-# it. Backends write that end an instant later; where it does not come so soon (seconds), the event goes on its way.
-_DONE, _AFTER_DONE = 16, 1.0
-
-# What a caller's head must not carry to a backend: its credentials, what belongs to its own connection, and what the
-# gateway writes itself. X-Stainless-* tells of the caller's SDK, and confuses a backend that is called by another.
-_OURS = frozenset(
-    (
-        b"accept-encoding",
-        b"authorization",
-        b"content-length",
-        b"content-type",
-        b"cookie",
-        b"expect",
-        b"host",
-        b"x-api-key",
-        b"x-request-id",
-    )
-)
+_SOON = 1.0  # seconds after which one may ask again where nobody knows: all are busy
+_random = random.Random()
 
 
-class Upstream:
-    """One backend: its address, its transport, and how many requests it is working on."""
+class Pool:
+    """The upstreams that can stand in for one another, under one policy."""
 
-    def __init__(self, policy: UpstreamPolicy, transport: httpx.AsyncBaseTransport, key: str | None) -> None:
-        base = httpx.URL(policy.url)
-        self.name = base.netloc.decode()
-        self.transport = transport
-        self.in_flight = 0
-        self.at_most = policy.max_in_flight
-        self._retired = False
-        self._base = base
-        self._urls: dict[str, httpx.URL] = {}
-        self._head: RawHeaders = [
-            (b"host", base.netloc),
-            (b"content-type", b"application/json"),
-            (b"accept-encoding", b"identity"),  # the tail is read; what a backend encodes all the same passes as it is
-        ]
-        if key:
-            self._head.append((b"authorization", f"Bearer {key}".encode()))
+    def __init__(self, name: str, policy: PoolPolicy, upstreams: Sequence[Upstream]) -> None:
+        self.name = name
+        self.policy = policy
+        self.upstreams = tuple(upstreams)
+        self.budget = Budget(policy.retries)
+        self._rotation: Rotation[Upstream] = Rotation()
+        for upstream, own in zip(upstreams, policy.upstreams, strict=True):
+            upstream.join(name, policy, own, self._can_spare_one)
 
     def __repr__(self) -> str:
-        return f"<Upstream {self.name}, {self.in_flight} of {self.at_most} in flight>"
+        return f"<Pool {self.name}: {self.upstreams}>"
 
-    def enter(self) -> None:
-        self.in_flight += 1
+    def free(self, now: float, tried: Sequence[Upstream] = ()) -> list[Upstream]:
+        """Whoever may be asked now, and was not yet."""
+        return [upstream for upstream in self.upstreams if upstream not in tried and upstream.free(now)]
 
-    async def leave(self) -> None:
-        self.in_flight -= 1
-        if self._retired and self.in_flight == 0:
-            await self.transport.aclose()
+    def choose(self, now: float, tried: Sequence[Upstream], session: bytes) -> Upstream | None:
+        """Who is asked next; None where nobody is free. Requests of one `session` meet the same one, if they may."""
+        free = self.free(now, tried)
+        if len(free) < 2:
+            return free[0] if free else None
+        weighed: Weighed[Upstream] = [(upstream, upstream.weight(now)) for upstream in free]
+        match self.policy.balance:
+            case "affinity":
+                return by_affinity(weighed, session)
+            case "round_robin":
+                return self._rotation.next(weighed)
+        return least_busy(weighed, _random)
 
-    async def retire(self) -> None:
-        """Close the connections as soon as nobody uses them."""
-        self._retired = True
-        if self.in_flight == 0:
-            await self.transport.aclose()
+    def away(self, now: float) -> UpstreamsBusy:
+        """What is told when nobody is free, with the time until somebody may be."""
+        waits = [wait for upstream in self.upstreams if (wait := upstream.wait(now)) is not None]
+        return UpstreamsBusy("every upstream of the pool is full or away", retry_after=min(waits, default=0.0) or _SOON)
 
-    def request(self, path: str, headers: RawHeaders, body: bytes) -> httpx.Request:
-        """The request as this upstream gets it: its own host and credential, the caller's other headers, the body."""
-        url = self._urls.get(path)
-        if url is None:
-            url = self._urls[path] = self._base.copy_with(path=self._base.path.rstrip("/") + path)
-        head = [*self._head, (b"content-length", b"%d" % len(body)), *headers]
-        return httpx.Request("POST", url, headers=head, stream=_BODY, extensions={"body": body})
-
-
-# The wire takes the body from the extensions; httpx wants a stream all the same.
-_BODY = httpx.ByteStream(b"")
-
-
-class Answer:
-    """An open response: status, headers, and the body as it comes, of which the last piece is `end`."""
-
-    __slots__ = ("_stream", "answered", "attempts", "end", "headers", "is_stream", "status", "tail", "upstream")
-
-    def __init__(self, response: httpx.Response, upstream: Upstream, attempts: int) -> None:
-        self.status = response.status_code
-        self.headers = end_to_end(response.headers.raw)
-        self.upstream = upstream
-        self.attempts = attempts
-        self.answered = time.monotonic()
-        self.tail = Tail()
-        content_type = next((value for name, value in self.headers if name.lower() == b"content-type"), b"")
-        self.is_stream = content_type.lower().startswith(b"text/event-stream")
-        self.end: Message = END
-        self._stream = cast(Reply, response.stream)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of it is here already, as a short JSON answer is; then there is no piece but the last."""
-        return self._stream.received
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The body, piece by piece, but for the last one: that is sent when the usage is settled."""
-        stream, tail = self._stream, self.tail
-        async for chunk in stream:
-            tail.add(chunk)
-            if stream.complete or (b"[DONE]" in chunk[-_DONE:] and await stream.ends(_AFTER_DONE)):
-                self.end = {"type": "http.response.body", "body": chunk, "more_body": False}
-                return
-            yield chunk
-
-    async def aclose(self) -> None:
-        """Give the connection back, or end it at once where the answer has not ended."""
-        await self._stream.aclose()
+    def _can_spare_one(self) -> bool:
+        """Whether one more may be ejected: at most half of a pool is."""
+        return 2 * (1 + sum(upstream.health.out for upstream in self.upstreams)) <= len(self.upstreams)
 
 
 class Opening:
-    """A request to a pool: entered, it is an answer; left, the answer is closed."""
+    """A request to the pool of its model: entered, it is an answer; left, the answer is closed."""
 
-    __slots__ = ("_answer", "_body", "_headers", "_path", "_upstreams")
+    __slots__ = ("_answer", "_attempts", "_headers", "_is_final", "_policies", "_request", "_since", "_team", "_way")
 
-    def __init__(self, upstreams: Sequence[Upstream], request: InferenceRequest, headers: RawHeaders) -> None:
-        self._upstreams = upstreams
-        self._path = request.path
-        self._body = request.body
+    def __init__(
+        self, policies: Policies, request: InferenceRequest, team: str, headers: RawHeaders, way: RawHeaders
+    ) -> None:
+        self._policies = policies
+        self._request = request
+        self._team = team
         self._headers = headers
+        self._way = way
+        self._attempts = 0
+        self._is_final = False  # policy or budget forbid to send it once more, wherever to
+
+    @property
+    def pool(self) -> Pool:
+        """The one that is asked first."""
+        return self._policies.pools[self._request.model.pool]
 
     async def __aenter__(self) -> Answer:
-        tried: list[Upstream] = []
-        failure: GatewayError | None = None
-        while len(tried) < _ATTEMPTS and (upstream := choose(self._upstreams, tried)) is not None:
-            tried.append(upstream)
-            upstream.enter()
+        self._since = self._now()
+        failure: UpstreamFailed | None = None
+        for request, is_last in self._requests():
+            pool = self._policies.pools[request.model.pool]
             try:
-                response = await upstream.transport.handle_async_request(
-                    upstream.request(self._path, self._headers, self._body)
-                )
-                self._answer = Answer(response, upstream, len(tried))
+                self._answer = await self._ask(pool, request, is_last)
             except UpstreamFailed as failed:
-                await upstream.leave()
                 failure = failed
-            except BaseException:
-                await upstream.leave()
-                raise
+                if is_last or self._is_final or not self._in_time(request):
+                    break
             else:
+                self._answer.attempts = self._attempts
                 return self._answer
-        raise failure or UpstreamsBusy("every upstream of the pool is working on all that it may", retry_after=1)
+        assert failure is not None, "the model that was asked comes first"
+        if self._attempts > 1:  # what was tried again here need not be tried again from farther away
+            failure.extra_headers = [*failure.extra_headers, (b"x-should-retry", b"false")]
+        raise failure
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._answer.aclose()
-        await self._answer.upstream.leave()
+        await self._answer.leave()
 
+    def _requests(self) -> Iterator[tuple[InferenceRequest, bool]]:
+        """The request, and it for the models that stand in, each with whether it is the last one."""
+        request = self._request
+        models = list(request.model.fallbacks)
+        while True:
+            yield request, not models
+            while models:
+                with suppress(Invalid):  # what another model's family does not take, it is not asked
+                    request = instead(self._request, models.pop(0), self._policies.snapshot)
+                    break
+            else:
+                return
 
-def choose(upstreams: Sequence[Upstream], tried: Sequence[Upstream]) -> Upstream | None:
-    """The less busy of two upstreams drawn at random, for their shares; None where all are full or were tried."""
-    free = [u for u in upstreams if u.in_flight < u.at_most and u not in tried]
-    if len(free) < 2:
-        return free[0] if free else None
-    one, other = random.sample(free, 2)
-    return one if one.in_flight <= other.in_flight else other
+    async def _ask(self, pool: Pool, request: InferenceRequest, is_last: bool) -> Answer:
+        """The answer of a pool. Raises UpstreamFailed where it has none, or one that another pool may better."""
+        tried: list[Upstream] = []
+        session = self._session(request)
+        failure: UpstreamFailed | None = None
+        pool.budget.asked(self._now())
+        while len(tried) < pool.policy.retries.attempts:
+            upstream = pool.choose(self._now(), tried, session)
+            if upstream is None:
+                break
+            tried.append(upstream)
+            self._attempts += 1
+            try:
+                answer = await upstream.ask(request, self._headers, self._way, self._since)
+            except UpstreamFailed as failed:
+                failure = failed
+                if not self._again(pool, request, cause_of(failed)):
+                    raise
+            else:
+                more = not is_last or (len(tried) < pool.policy.retries.attempts and pool.free(self._now(), tried))
+                if not more or not self._again(pool, request, answer.status):
+                    return answer
+                await answer.leave()
+                failure = UpstreamFailed(f"the upstream answered {answer.status}")
+        raise failure or pool.away(self._now())
+
+    def _again(self, pool: Pool, request: InferenceRequest, cause: Cause | int | None) -> bool:
+        """Whether it may be sent once more after this. What was not sent at all costs nobody anything."""
+        if cause is None or not self._in_time(request):
+            return False
+        may = cause in pool.policy.retries.on and (cause == "connect" or pool.budget.spend(self._now()))
+        self._is_final = not may
+        return may
+
+    def _session(self, request: InferenceRequest) -> bytes:
+        """Who shares it meets the same upstream. The team is part of it: no team sees where another one is served."""
+        if not request.model.affinity:
+            return b""
+        return b"%b\0%b" % (self._team.encode(), header(self._headers, b"x-session-affinity") or request.session)
+
+    def _in_time(self, request: InferenceRequest) -> bool:
+        return self._now() - self._since < request.model.timeouts.first_byte
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
 
 class Pools:
-    """All pools of a policy, by name. An upstream that was there before keeps its connections and its count."""
+    """All pools of a policy, by name. An upstream that was there before keeps its connections and its health."""
 
     def __init__(
         self, policies: Mapping[str, PoolPolicy], environment: Mapping[str, str], before: Pools | None = None
     ) -> None:
+        """Raises OSError for a certificate that cannot be read; nothing has changed then."""
         held = {} if before is None else before._upstreams
-        self._upstreams: dict[tuple[str, UpstreamPolicy, Timeouts], Upstream] = {}
-        self._pools: dict[str, tuple[Upstream, ...]] = {}
+        self._upstreams: dict[_Identity, Upstream] = {}
         for name, policy in policies.items():
-            for upstream in policy.upstreams:
-                identity = (name, upstream, policy.timeouts)
-                key = environment.get(upstream.key_env) if upstream.key_env else None
-                self._upstreams[identity] = held.get(identity) or Upstream(
-                    upstream, Wire(upstream.url, policy.timeouts), key
-                )
-            self._pools[name] = tuple(self._upstreams[name, upstream, policy.timeouts] for upstream in policy.upstreams)
+            for own in policy.upstreams:
+                identity = (name, own.url, own.key_env, policy.transport, policy.tls)
+                self._upstreams[identity] = held.get(identity) or _upstream(policy, own, environment)
+        upstreams = iter(self._upstreams.values())
+        self._pools = {
+            name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))))
+            for name, policy in policies.items()
+        }
 
     def __repr__(self) -> str:
-        return f"<Pools {self._pools}>"
+        return f"<Pools {list(self._pools.values())}>"
 
-    def open(self, pool: str, request: InferenceRequest, headers: RawHeaders) -> Opening:
-        """The answer of a pool to a request, to be entered. Raises UpstreamFailed and its kin."""
-        return Opening(self._pools[pool], request, headers)
+    def __getitem__(self, name: str) -> Pool:
+        return self._pools[name]
+
+    def watch(self) -> None:
+        """Begin to probe, where policies say so."""
+        for upstream in self._upstreams.values():
+            upstream.watch()
+
+    def drain(self, names: frozenset[str]) -> None:
+        """Give nothing new to these upstreams, `pool/host:port`, and to all others what is theirs."""
+        for pool in self._pools.values():
+            for upstream in pool.upstreams:
+                upstream.drained = f"{pool.name}/{upstream.name}" in names
 
     async def retire(self, after: Pools | None = None) -> None:
         """Close every upstream that is not in `after`, each when its last answer has ended."""
         kept = set() if after is None else set(after._upstreams.values())
         for upstream in set(self._upstreams.values()) - kept:
             await upstream.retire()
+
+
+_Identity = tuple[str, str, str | None, str, TlsPolicy | None]
+
+
+def _upstream(policy: PoolPolicy, own: UpstreamPolicy, environment: Mapping[str, str]) -> Upstream:
+    tls = policy.tls or TlsPolicy.model_construct()
+    trusted = trusting(tls.ca, tls.certificate, tls.key) if policy.tls else None
+    kind = {"wire": Wire, "httpx": Bridge}[policy.transport]
+    transport = kind(own.url, ssl_context=trusted, server_name=tls.server_name)
+    return Upstream(policy, own, transport, environment.get(own.key_env) if own.key_env else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,16 +237,13 @@ class Policies:
     snapshot: Snapshot
     pools: Pools
 
+    def open(self, request: InferenceRequest, team: str, headers: RawHeaders, way: RawHeaders) -> Opening:
+        """The answer to a request, to be entered. Entering raises UpstreamFailed and its kin."""
+        return Opening(self, request, team, headers, way)
+
 
 class Live:
     """The policies in force, swapped whole."""
 
     def __init__(self, policies: Policies) -> None:
         self.policies = policies
-
-
-def forwarded(headers: RawHeaders, called: bytes) -> RawHeaders:
-    """What of a caller's headers travels on, with the id by which the request is called."""
-    kept = [h for h in end_to_end(headers, _OURS) if not h[0].startswith(b"x-stainless-")]
-    kept.append((b"x-request-id", called))
-    return kept

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Callable
+from types import TracebackType
 
 from gateway.admission import Admission
 from gateway.asgi import Cut, Message, RawHeaders, Receive, Scope, Send, header, read_body, refuse, until_hang_up
-from gateway.errors import ClientGone, GatewayError, InternalError
+from gateway.errors import ClientGone, GatewayError, InternalError, UpstreamFailed, VersionNotSupported
 from gateway.exchange import Exchange
+from gateway.hops import Way
 from gateway.keys import KeyRing
 from gateway.normalize import normalize
-from gateway.pools import Live, forwarded
+from gateway.pools import Live, Opening
+from gateway.sse import COMMENT, error_event
 from gateway.standings import standing_headers
 from gateway.terms import terms_for
+from gateway.upstream import Answer
 
 
 class Proxy:
     """The inference endpoints. `observe` is told of every exchange once, when it has ended."""
 
     def __init__(
-        self, live: Live, keys: KeyRing, admission: Admission, observe: Callable[[Exchange, Scope], None]
+        self,
+        live: Live,
+        keys: KeyRing,
+        admission: Admission,
+        observe: Callable[[Exchange, Scope], None],
+        name: bytes,
     ) -> None:
+        """`name` is what this gateway is called in Via."""
         self._live = live
         self._keys = keys
         self._admission = admission
         self._observe = observe
+        self._name = name
 
     async def __call__(self, endpoint: str, scope: Scope, receive: Receive, send: Send) -> None:
         x = Exchange(endpoint, _called(scope["headers"]))
@@ -37,6 +49,7 @@ class Proxy:
         except GatewayError as error:
             x.end(error)
             if x.started:
+                await tell(x, error, send)
                 raise Cut from error
             await refuse(send, error, headers=_names(x), close=not x.body_read)
         except (Exception, asyncio.CancelledError) as defect:
@@ -53,14 +66,17 @@ class Proxy:
         snapshot = policies.snapshot
 
         x.principal = self._keys.identify(scope["headers"])  # 401
+        if scope["http_version"] == "1.0":  # it has no chunks, and so no stream whose end can be told from a cut
+            raise VersionNotSupported("the request is HTTP/1.0, expected HTTP/1.1 (nginx: proxy_http_version 1.1)")
+        x.way = Way(scope, self._name, x.called, os.urandom(16))  # 508
         body = await read_body(scope, receive, snapshot.gateway.max_body)  # 413
         x.body_read = True
         x.request = normalize(x.endpoint, body, snapshot)  # 400, 404, 422
         x.terms = terms_for(x.principal, x.request, snapshot)  # 400, 403
 
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
-            head = forwarded(scope["headers"], x.called)
-            async with until_hang_up(receive), policies.pools.open(x.terms.pool, x.request, head) as x.answer:  # 502-4
+            opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
+            async with until_hang_up(receive), commented(opening, x, send) as x.answer:  # 502-4
                 held = await relay(x, send)  # all but the last piece
         x.started = True
         for message in held:  # after settling
@@ -73,14 +89,70 @@ async def relay(x: Exchange, send: Send) -> list[Message]:
     answer, lease = x.answer, x.lease
     assert answer is not None
     assert lease is not None
+    if x.commented and not (answer.status == 200 and answer.is_stream):
+        raise UpstreamFailed(f"the upstream answered {answer.status} when its stream had begun", code="upstream_late")
     headers = [*answer.headers, *standing_headers(lease.standings), *_names(x, answer.headers)]
+    if answer.status >= 500 and answer.attempts > 1:
+        headers.append((b"x-should-retry", b"false"))  # it was tried again here
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
-    if not answer.is_whole:
+    if not answer.is_whole and not x.started:
         x.started = True
         await send(start)
     async for chunk in answer:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
     return [answer.end] if x.started else [start, answer.end]
+
+
+class commented:  # noqa: N801 - reads as what it does: async with commented(opening, x, send)
+    """An opening; while a stream does not begin, comments are sent if its pool says so.
+
+    Proxies and load balancers cut connections that are silent for a minute, and a long prompt may take longer.
+    """
+
+    __slots__ = ("_every", "_opening", "_send", "_x")
+
+    def __init__(self, opening: Opening, x: Exchange, send: Send) -> None:
+        self._opening = opening
+        self._x = x
+        self._send = send
+        self._every = opening.pool.policy.comments if x.request is not None and x.request.stream else None
+
+    async def __aenter__(self) -> Answer:
+        if self._every is None:
+            return await self._opening.__aenter__()
+        comments = asyncio.ensure_future(self._comment(self._every))
+        try:
+            return await self._opening.__aenter__()
+        finally:
+            comments.cancel()
+            await asyncio.wait((comments,))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._opening.__aexit__(kind, error, trace)
+
+    async def _comment(self, every: float) -> None:
+        await asyncio.sleep(every)
+        x, lease = self._x, self._x.lease
+        assert lease is not None
+        headers = [(b"content-type", b"text/event-stream"), *standing_headers(lease.standings), *_names(x)]
+        x.started = x.commented = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        while True:
+            await self._send({"type": "http.response.body", "body": COMMENT, "more_body": True})
+            await asyncio.sleep(every)
+
+
+async def tell(x: Exchange, error: GatewayError, send: Send) -> None:
+    """Tell the reader of a stream that it has failed, where an event may follow what he has read."""
+    event: bytes | None = None
+    if x.answer is not None and x.answer.is_stream:
+        event = x.answer.failure(x.endpoint, error)
+    elif x.commented:
+        event = error_event(b"", x.endpoint, error)
+    if event is not None:
+        await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
 def _names(x: Exchange, passed: RawHeaders | None = None) -> RawHeaders:

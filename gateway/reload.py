@@ -8,7 +8,8 @@ from pathlib import Path
 
 import structlog
 
-from gateway.policy import PolicyError, Snapshot, load
+from gateway.documents import PolicyError
+from gateway.policy import Snapshot, load
 from gateway.pools import Live, Policies, Pools
 
 _log = structlog.get_logger("gateway.policies")
@@ -16,12 +17,15 @@ _one_at_a_time = asyncio.Lock()
 
 
 def opened(snapshot: Snapshot, before: Pools | None = None) -> Policies:
-    """A snapshot with its pools."""
+    """A snapshot with its pools. Raises PolicyError for a file that the policies name and that cannot be read."""
     for name, pool in snapshot.pools.items():
         for upstream in pool.upstreams:
             if upstream.key_env and not os.environ.get(upstream.key_env):
                 _log.warning("upstream_without_key", pool=name, url=upstream.url, variable=upstream.key_env)
-    return Policies(snapshot, Pools(snapshot.pools, os.environ, before))
+    try:
+        return Policies(snapshot, Pools(snapshot.pools, os.environ, before))
+    except OSError as unread:
+        raise PolicyError([f"pools: tls: {unread}"]) from unread
 
 
 async def reload(live: Live, directory: Path) -> bool:
@@ -34,11 +38,13 @@ async def _reload(live: Live, directory: Path) -> bool:
     before = live.policies
     try:
         snapshot = await asyncio.to_thread(load, directory)  # thousands of teams are read in most of a second
+        policies = opened(snapshot, before.pools)
     except (PolicyError, OSError) as found:
         mistakes = found.mistakes if isinstance(found, PolicyError) else (str(found),)
         _log.error("policies_refused", mistakes=mistakes, revision=before.snapshot.revision)
         return False
-    live.policies = opened(snapshot, before.pools)
+    live.policies = policies
+    policies.pools.watch()
     _log.info("policies_taken", revision=live.policies.snapshot.revision)
     await before.pools.retire(live.policies.pools)
     return True

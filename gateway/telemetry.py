@@ -87,6 +87,8 @@ def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
     }
     if x.called != x.id.encode():
         fields["client_request_id"] = x.called.decode()
+    if x.way is not None:
+        fields["trace_id"] = x.way.trace_id
     if x.principal is not None:
         fields["key_id"] = x.principal.key_id
         fields["team"] = x.principal.team
@@ -94,6 +96,8 @@ def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
         fields["gen_ai.request.model"] = request.model.name
         fields["stream"] = request.stream
     if answer is not None:
+        if request is not None and answer.model.name != request.model.name:
+            fields["gen_ai.response.model"] = answer.model.name
         fields["upstream.name"] = answer.upstream.name
         fields["upstream.attempts"] = answer.attempts
         fields["ttft_s"] = round(answer.answered - x.received, 6)

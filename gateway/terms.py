@@ -9,8 +9,9 @@ import msgspec
 
 from gateway.errors import BadRequest, Forbidden
 from gateway.identity import Principal, anonymous
+from gateway.language import Count, Scope
 from gateway.normalize import InferenceRequest
-from gateway.policy import Count, Limit, Scope, Snapshot, Team, matches
+from gateway.policy import Limit, Snapshot, Team, matches
 from gateway.usage import Usage
 
 

@@ -13,7 +13,7 @@ Bytes wait in the Reply until its reader takes them. Above 64 KiB the socket is 
 upstream to wait.
 
 Deadlines cost nothing per piece: the moments are noted, and one timer per connection looks at them when it fires. It
-is armed again only when something is due earlier than it would fire, which on a warm connection is never.
+is armed again only when something is due earlier than it would fire, which on a warm connection is hardly ever.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from functools import cache, partial
-from typing import Final, Literal, cast
+from pathlib import Path
+from typing import Final, Literal, Protocol, cast
 
 import httpx
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from gateway.errors import UpstreamFailed, UpstreamTimeout
-from gateway.policy import Timeouts
+from gateway.language import Timeouts
 
 Framing = Literal["length", "chunked", "close", "none"]
 
-_HEAD = 64 * 1024  # bytes of a head, with all that is informational before it; h11 takes 100 KiB
-_FIELDS = 200  # of a head; Apache's limit is 100
+HEAD = 64 * 1024  # bytes of a head, and of all that is informational before it; h11 takes 100 KiB
+FIELDS = 200  # of a head; Apache's limit is 100
 _WAITING = 64 * 1024  # bytes that may wait for the reader; asyncio's own high-water mark
 _INBOX = 64 * 1024  # bytes of one read: with _WAITING before it, a stream never holds more than 128 KiB
 _PIECES = 256  # that may wait: a piece costs some 50 bytes beyond its own, and there are chunks of one byte
-_IDLE = 30.0  # seconds that an unused connection is kept; that an upstream closes earlier (uvicorn: after 5) is seen
+IDLE = 30.0  # seconds that an unused connection is kept; that an upstream closes earlier (uvicorn: after 5) is seen
 _MARGIN = 1.0  # seconds by which we are earlier than an upstream that told when it closes
+AT_ONCE = 1.0  # seconds in which a kept connection dies that had been closed already: a round trip, and some patience
 
 _FAILURES: Final[dict[str, tuple[type[UpstreamFailed], str]]] = {
     "upstream_connect_failed": (UpstreamFailed, "no connection to the upstream could be made"),
@@ -53,7 +55,30 @@ _FAILURES: Final[dict[str, tuple[type[UpstreamFailed], str]]] = {
 }
 
 
-def _failure(code: str, cause: BaseException | None = None) -> UpstreamFailed:
+_DEFAULT = Timeouts.model_construct()  # of a request that brings none
+
+
+class Stream(Protocol):
+    """The body of an answer, piece by piece as it arrives; who iterates gets UpstreamFailed where it does not end."""
+
+    @property
+    def received(self) -> bool:
+        """Whether all of it is here, though the reader may not have taken all."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known that nothing follows the piece that was yielded last."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    async def ends(self, within: float) -> bool:
+        """Whether its end comes next, within so many seconds. Raises what has failed."""
+
+    async def aclose(self) -> None:
+        """Gives the connection back, or ends it where the answer has not ended."""
+
+
+def failure_of(code: str, cause: BaseException | None = None) -> UpstreamFailed:
     kind, message = _FAILURES[code]
     failure = kind(message, code=code)
     failure.__cause__ = cause
@@ -63,19 +88,19 @@ def _failure(code: str, cause: BaseException | None = None) -> UpstreamFailed:
 class Wire(httpx.AsyncBaseTransport):
     """Exchanges with the one upstream at `url`, whose scheme, host and port count; a request brings its own path.
 
+    Its certificate is asked for by `server_name`, or else by the host's name, and is verified for the same.
     There is no limit of connections here: who may ask is the pool's affair. Every exception out of
     `handle_async_request` means that nothing was answered.
     """
 
-    def __init__(self, url: str, timeouts: Timeouts, *, ssl_context: ssl.SSLContext | None = None) -> None:
+    def __init__(self, url: str, *, ssl_context: ssl.SSLContext | None = None, server_name: str | None = None) -> None:
         origin = httpx.URL(url)
         secure = origin.scheme == "https"
-        self.timeouts = timeouts
-        self.patience = min(timeouts.first_byte, timeouts.idle, timeouts.total)  # before it, nothing is ever due
         self._origin = f"{origin.scheme}://{origin.netloc.decode()}"
         self._host = origin.raw_host.decode("ascii")
         self._port = origin.port or (443 if secure else 80)
         self._ssl = (ssl_context or _trusted()) if secure else None
+        self._server_name = server_name if secure else None
         self.busy: set[_Connection] = set()
         self.idle: dict[_Connection, None] = {}  # in the order of their last use: popitem takes the warmest
         # All connections read into one buffer: what was read is parsed, and so copied, before the next read begins.
@@ -92,10 +117,13 @@ class Wire(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """The answer as soon as its head is here; its `stream` is a Reply. Raises UpstreamFailed, UpstreamTimeout.
 
-        The body is `extensions["body"]`, or else the request's own content or stream.
+        The body is `extensions["body"]`, or else the request's own content or stream. `extensions["timeouts"]` are
+        Timeouts; first byte and total count from `extensions["since"]`, in the loop's time, or else from now.
         """
         question = _Question(request)
-        answer = await self._ask_again(question) or await (await self._connect()).ask(question)
+        if asyncio.get_running_loop().time() >= question.answer_by:  # other attempts took all the time
+            raise failure_of("upstream_first_byte_timeout")
+        answer = await self._ask_again(question) or await (await self._connect(question)).ask(question)
         return httpx.Response(answer.status, headers=answer.headers, stream=answer)
 
     async def _ask_again(self, question: _Question) -> Reply | None:
@@ -103,6 +131,8 @@ class Wire(httpx.AsyncBaseTransport):
 
         An upstream may close an idle connection in the moment in which we write (RFC 9112 section 9.3.1). It has then
         not answered one byte, and the question goes once more, over a new connection, which cannot have that excuse.
+        Such a close is on its way already, and shows at once. An upstream that dies later may have worked on the
+        question: whether another one shall do that work again is not for us to say.
         """
         if question.body is None or not self.idle:  # a stream cannot be sent twice
             return None
@@ -110,22 +140,29 @@ class Wire(httpx.AsyncBaseTransport):
         try:
             return await connection.ask(question)
         except UpstreamFailed as failed:
-            if connection.heard or failed.code != "upstream_disconnected":
+            late = connection.loop.time() - connection.asked_at > AT_ONCE
+            if connection.heard or late or failed.code != "upstream_disconnected":
                 raise
             return None
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self, question: _Question) -> _Connection:
         """A new connection; TCP_NODELAY is set by both event loops."""
         loop = asyncio.get_running_loop()
+        by = loop.time() + question.timeouts.connect
         try:
-            async with asyncio.timeout(self.timeouts.connect):
+            async with asyncio.timeout_at(min(by, question.answer_by)):
                 _, connection = await loop.create_connection(
-                    partial(_Connection, self), self._host, self._port, ssl=self._ssl
+                    partial(_Connection, self),
+                    self._host,
+                    self._port,
+                    ssl=self._ssl,
+                    server_hostname=self._server_name,
                 )
         except TimeoutError as late:
-            raise _failure("upstream_connect_timeout") from late
+            code = "upstream_connect_timeout" if by < question.answer_by else "upstream_first_byte_timeout"
+            raise failure_of(code) from late
         except OSError as failed:
-            raise _failure("upstream_connect_failed") from failed
+            raise failure_of("upstream_connect_failed") from failed
         return connection
 
     async def aclose(self) -> None:
@@ -143,13 +180,16 @@ class Wire(httpx.AsyncBaseTransport):
 
 
 class _Question:
-    """A request as it is written: `head`, and either `body` or a `stream` of `length` bytes."""
+    """A request as it is written: `head`, and either `body` or a `stream` of `length` bytes; and when it is due."""
 
-    __slots__ = ("body", "head", "length", "method", "stream")
+    __slots__ = ("answer_by", "body", "end_by", "head", "length", "method", "stream", "timeouts")
 
     def __init__(self, request: httpx.Request) -> None:
         self.method = request.method
-        self.head = _head(request)
+        self.head = head_of(request)
+        self.timeouts, since = timeouts_of(request)
+        self.end_by = since + self.timeouts.total
+        self.answer_by = min(since + self.timeouts.first_byte, self.end_by)
         self.stream = cast(httpx.AsyncByteStream, request.stream)
         self.length = 0
         self.body: bytes | None = request.extensions.get("body")
@@ -159,7 +199,14 @@ class _Question:
             self.length = int(request.headers["content-length"])
 
 
-def _head(request: httpx.Request) -> bytes:
+def timeouts_of(request: httpx.Request) -> tuple[Timeouts, float]:
+    """A request's timeouts, and the loop's time from which they count."""
+    since = request.extensions.get("since")
+    return request.extensions.get("timeouts", _DEFAULT), asyncio.get_running_loop().time() if since is None else since
+
+
+def head_of(request: httpx.Request) -> bytes:
+    """A request's line and fields as HTTP/1.1 writes them. Raises ValueError where a value would split them."""
     fields = request.headers.raw
     start = b"%b %b HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)
     head = b"\r\n".join([start, *map(b": ".join, fields), b"\r\n"])
@@ -187,6 +234,7 @@ class Reply(httpx.AsyncByteStream):
         self.waiting = 0  # bytes in pieces
         self.pieces: list[bytes] = []
         self.barren = 0  # bytes that arrived and gave no body since the last that did
+        self.informed = 0  # bytes of informational answers
         self._connection = connection
         self._method = method
         self._fields: list[tuple[bytes, bytes]] = []
@@ -272,11 +320,17 @@ class Reply(httpx.AsyncByteStream):
         fields, self._fields = self._fields, []
         if parser.get_http_version() not in ("1.1", "1.0"):
             raise HttpParserError("another protocol")
-        if 100 <= status < 200:
-            return  # informational (RFC 9110 section 15.2), the answer is still to come; at 101 the parser stops
+        if 100 <= status < 200:  # informational (RFC 9110 section 15.2), the answer comes; at 101 the parser stops
+            self.informed += self.barren
+            self.barren = 0
+            if self.informed > HEAD:
+                self._connection.pause()  # the deadline ends it as it ends slow ones, and costs nothing until then
+            return
         if not 200 <= status < 600:
             raise HttpParserError("a status that no answer has")
         self.headers, self.framed = fields, self._framing(status, fields)
+        if self.informed:
+            self._connection.resume()
         self.status = status
         self.wake()
         if self._method == "HEAD":
@@ -285,14 +339,17 @@ class Reply(httpx.AsyncByteStream):
 
     def _framing(self, status: int, fields: list[tuple[bytes, bytes]]) -> Framing:
         """How the body ends (RFC 9112 section 6.3). The parser has refused two lengths, and a length beside chunks."""
-        if len(fields) > _FIELDS or (self.barren > _HEAD and sum(len(n) + len(v) + 4 for n, v in fields) > _HEAD):
+        doubtful = self.barren > HEAD or self.informed  # a head that came in one read cannot be too large
+        if len(fields) > FIELDS or (doubtful and sum(len(n) + len(v) + 4 for n, v in fields) > HEAD):
             raise HttpParserError("too large a head")
         known = {name.lower(): value for name, value in fields}
         if self._connection.parser.should_keep_alive():
             self.reusable_for = _patience(known.get(b"keep-alive"))
         coding = known.get(b"transfer-encoding")
-        if coding is not None and coding.strip().lower() != b"chunked":
-            raise HttpParserError("a transfer coding that was not asked for")
+        if coding is not None:
+            named = [name.lower() for name, _ in fields].count(b"transfer-encoding")
+            if named > 1 or coding.strip().lower() != b"chunked" or self._connection.parser.get_http_version() == "1.0":
+                raise HttpParserError("a transfer coding that was not asked for")
         if status in (204, 304) or self._method == "HEAD":
             return "none"
         if coding is not None:
@@ -313,13 +370,35 @@ class Reply(httpx.AsyncByteStream):
 @cache
 def _trusted() -> ssl.SSLContext:
     """The certificates that the system trusts: read once, it takes 45 ms."""
-    return ssl.create_default_context()
+    return trusting(None, None, None)
+
+
+def trusting(ca: str | None, certificate: str | None, key: str | None) -> ssl.SSLContext:
+    """Verifies an upstream by the CA file, or by the system's; shows it a certificate where one is given.
+
+    All are PEM files; `key` may stand in the certificate's file. Raises OSError, whose kin is ssl.SSLError, with the
+    name of the file that cannot be used.
+    """
+    for file in filter(None, (ca, certificate, key)):
+        with Path(file).open("rb"):  # ssl says only that one of them is not there
+            pass
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except ssl.SSLError as broken:
+        raise ssl.SSLError(f"{ca}: holds no certificates, expected PEM") from broken
+    if certificate is not None:
+        try:
+            context.load_cert_chain(certificate, key, password="")  # an encrypted key is refused, and not asked about
+        except ssl.SSLError as broken:
+            files = certificate if key is None else f"{certificate} and {key}"
+            raise ssl.SSLError(f"{files}: no certificate with its key, expected PEM, not encrypted") from broken
+    return context
 
 
 def _patience(told: bytes | None) -> float:
     """How long a connection is kept whose upstream says `Keep-Alive: timeout=5`, or says nothing."""
     found = re.search(rb"timeout\s*=\s*(\d{1,9})", told, re.IGNORECASE) if told else None
-    return min(_IDLE, int(found[1]) - _MARGIN) if found else _IDLE
+    return min(IDLE, int(found[1]) - _MARGIN) if found else IDLE
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -335,7 +414,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._wire = wire
         self._closed = False
         self._answer: Reply | None = None  # only while busy
-        self._asked_at = 0.0
+        self.asked_at = 0.0
+        self._answer_by = 0.0
+        self._end_by = 0.0
+        self._idle = 0.0  # seconds
         self._owed_since: float | None = None  # only while somebody waits for the upstream
         self._sent = True  # the whole question
         self._choked = False  # the transport has more to write than it likes
@@ -347,25 +429,25 @@ class _Connection(asyncio.BufferedProtocol):
         """Its answer, once the head is here."""
         self.heard = False
         if self._closed or self._transport.is_closing():  # uvloop: reset already, and a turn later we are told
-            raise _failure("upstream_disconnected")
+            raise failure_of("upstream_disconnected")
         self._answer = answer = Reply(self, question.method)
         self.parser = HttpResponseParser(answer)
         self._sent = True
-        self._asked_at = self.loop.time()
+        self._owed_since = None
+        self._answer_by, self._end_by, self._idle = question.answer_by, question.end_by, question.timeouts.idle
+        self.asked_at = self.loop.time()
         self._wire.busy.add(self)
-        self._arm(self._asked_at + self._wire.patience)
+        self._arm(min(self._answer_by, self.asked_at + self._idle))  # before it, nothing is ever due
         try:
             if question.body is not None:
                 self._transport.writelines((question.head, question.body))  # uvloop: one writev, nothing copied
             else:
                 await self._write(question, answer)
-            self.owes()
             while not answer.status:
                 await answer.news()
         except BaseException:
             self.end()
             raise
-        self._owed_since = None
         return answer
 
     async def _write(self, question: _Question, answer: Reply) -> None:
@@ -413,7 +495,7 @@ class _Connection(asyncio.BufferedProtocol):
         if answer is not None:
             del self.parser
             if not answer.received:
-                answer.fail(_failure(code, cause))
+                answer.fail(failure_of(code, cause))
 
     # — what the transport says
 
@@ -428,7 +510,11 @@ class _Connection(asyncio.BufferedProtocol):
         if answer is None:
             self.end()  # nothing was asked
             return
-        self.heard = True
+        if not self.heard:
+            self.heard = True
+            if self._wire.inbox[0] != ord("H"):  # the parser knows RTSP and ICE too, and skips empty lines
+                self.end("upstream_protocol_error")
+                return
         answer.barren += nbytes
         try:
             self.parser.feed_data(self._wire.inbox[:nbytes])
@@ -437,16 +523,17 @@ class _Connection(asyncio.BufferedProtocol):
             return
         if len(answer.pieces) > _PIECES:
             answer.join()
-        if answer.barren > _HEAD:
+        if answer.barren > HEAD:
             self.end("upstream_protocol_error")
-        elif answer.waiting > _WAITING and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        elif answer.waiting > _WAITING:
+            self.pause()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is None and self._answer is not None and self._answer.framed == "close":
             self._answer.finish()
-        self.end(cause=exc)
+        # In TLS 1.3 an upstream that misses our certificate says so when its handshake is long over for us.
+        refused = isinstance(exc, ssl.SSLError) and not self.heard
+        self.end("upstream_connect_failed" if refused else "upstream_disconnected", exc)
 
     def pause_writing(self) -> None:
         self._choked = True
@@ -465,6 +552,14 @@ class _Connection(asyncio.BufferedProtocol):
     def taken(self) -> None:
         """The reader has everything and is busy with it."""
         self._owed_since = None
+        self.resume()
+
+    def pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
         if self._paused:
             self._paused = False
             self._transport.resume_reading()
@@ -485,7 +580,7 @@ class _Connection(asyncio.BufferedProtocol):
         now = self.loop.time()
         due, code = self._due(now)
         if now < due:
-            self._arm(min(due, now + self._wire.patience))
+            self._arm(min(due, now + self._idle))  # the reader may begin to wait at any time
         else:
             self.end(code)
 
@@ -493,10 +588,8 @@ class _Connection(asyncio.BufferedProtocol):
         """When it ends, and as what."""
         if self._answer is None:
             return self.expires, ""
-        timeouts = self._wire.timeouts
-        since = now if self._owed_since is None else self._owed_since  # the reader may begin to wait at any time
-        if self._answer.status:
-            silence = since + timeouts.idle, "upstream_idle_timeout"
-        else:
-            silence = since + timeouts.first_byte, "upstream_first_byte_timeout"
-        return min(silence, (self._asked_at + timeouts.total, "upstream_total_timeout"))
+        if not self._answer.status:
+            code = "upstream_first_byte_timeout" if self._answer_by < self._end_by else "upstream_total_timeout"
+            return self._answer_by, code
+        since = now if self._owed_since is None else self._owed_since
+        return min((since + self._idle, "upstream_idle_timeout"), (self._end_by, "upstream_total_timeout"))

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import gateway
 from gateway.cli import app
-from gateway.policy import Documents
+from gateway.language import Documents
 from gateway.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +116,9 @@ def _objects(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def measured(value: object, pattern: str) -> object:
-    """A number of seconds or bytes as people write it, in the largest unit that it is whole in."""
+    """A number of seconds or bytes, or a share, as people write it, in the largest unit that it is whole in."""
+    if pattern.endswith("%$") and isinstance(value, float):
+        return f"{value:.0%}"
     for unit, steps in {"KiB": _SIZES, "ms": _TIMES}.items():
         if f"{unit}|" in pattern and not isinstance(value, str):
             assert isinstance(value, int | float)
@@ -133,7 +135,7 @@ def policies() -> str:
     """A table for each document model, in the order in which one leads to the other."""
     whole = schema()
     definitions = whole["$defs"]
-    order: list[tuple[str, str]] = []
+    places: dict[str, list[str]] = {}
 
     def visit(node: Any, path: str) -> None:
         for name, member in node.get("properties", {}).items():
@@ -141,21 +143,21 @@ def policies() -> str:
             if inner is not None:
                 several = ".NAME" if "patternProperties" in member else "[…]" if "items" in member else ""
                 place = f"{path}{name}{several}"
-                order.append((place, inner))
+                places.setdefault(inner, []).append(place)
                 visit(definitions[inner], place + ".")
 
     visit(whole, "")
     parts = []
-    for place, name in order:
+    for name, where in places.items():
         definition = definitions[name]
         required = definition.get("required", ())
         rows = [
             (f"`{member}`", _form(found), _default(found, member in required), found.get("description", ""))
             for member, found in definition["properties"].items()
         ]
-        parts.append(
-            f"### `{place}`\n\n{definition['description']}\n\n{table(('member', 'form', 'default', 'meaning'), rows)}"
-        )
+        title = ", ".join(f"`{place}`" for place in where)
+        members = table(("member", "form", "default", "meaning"), rows)
+        parts.append(f"### {title}\n\n{definition['description']}\n\n{members}")
     return "\n\n".join(parts)
 
 
@@ -179,9 +181,8 @@ def _form(node: Any) -> str:
         return f"list of {'members' if _reference(node) else _form(node['items'])}"
     if "$ref" in node:
         return "members"
-    kind = {"integer": "whole number", "number": "number", "string": "name" if "pattern" in node else "text"}[
-        node["type"]
-    ]
+    kinds = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}
+    kind = kinds.get(node["type"]) or ("name" if "pattern" in node else "text")
     low, high = node.get("minimum"), node.get("maximum")
     bounds = [f"from {low}" if low is not None else "", f"to {high}" if high is not None and high < 10**12 else ""]
     return " ".join([kind, *filter(None, bounds)])

@@ -261,6 +261,34 @@ def test_a_variable_that_cannot_be_read_is_told(place: Place, words: list[str]) 
     assert done.stderr == 'gateway: GATEWAY_STORE_DEADLINE is "50ms", expected a number\n'
 
 
+def test_upstreams_are_drained_and_resumed_and_the_list_says_so(place: Place) -> None:
+    place.write(
+        {
+            **DOCUMENTS,
+            "pools": {
+                "demo": {
+                    "upstreams": [
+                        {"url": "http://10.0.0.1:80"},
+                        {"url": "http://10.0.0.2:80", "drain": True, "weight": 3},
+                    ]
+                }
+            },
+        }
+    )
+
+    def listed() -> list[tuple[str, int, str | None]]:
+        return [(row["upstream"], row["weight"], row["drained"]) for row in place.json("upstreams", "list")]
+
+    assert listed() == [("demo/10.0.0.1:80", 1, None), ("demo/10.0.0.2:80", 3, "by policy")]
+    assert place.run("upstreams", "drain", "demo/10.0.0.1:80").returncode == 0
+    assert listed()[0] == ("demo/10.0.0.1:80", 1, "by command")
+    assert "by command" in place.run("upstreams", "list").stdout
+    assert place.run("upstreams", "resume", "demo/10.0.0.1:80").returncode == 0
+    assert listed()[0] == ("demo/10.0.0.1:80", 1, None)
+    unknown = place.run("upstreams", "drain", "demo/10.0.0.9:80")
+    assert (unknown.returncode, "expected one of demo/10.0.0.1:80" in unknown.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.policy import Documents
+from gateway.language import Documents
 from gateway.settings import Settings
 from tests import docs
 

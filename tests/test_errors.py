@@ -16,7 +16,6 @@ from gateway.errors import (
     QuotaExhausted,
     RateLimited,
     StoreUnavailable,
-    TooLarge,
     Unauthenticated,
 )
 
@@ -28,6 +27,13 @@ FAMILY: dict[str, tuple[int, str, str | None, str]] = {
     "Forbidden": (403, "permission_error", "permission_denied", "caller"),
     "NotFound": (404, "invalid_request_error", "not_found", "caller"),
     "MethodNotAllowed": (405, "invalid_request_error", "method_not_allowed", "caller"),
+    "InvalidHTTP": (400, "invalid_request_error", "invalid_http", "caller"),
+    "RequestTimeout": (408, "invalid_request_error", "request_timeout", "caller"),
+    "TargetTooLong": (414, "invalid_request_error", "target_too_long", "caller"),
+    "ExpectationFailed": (417, "invalid_request_error", "expectation_failed", "caller"),
+    "HeadTooLarge": (431, "invalid_request_error", "headers_too_large", "caller"),
+    "VersionNotSupported": (505, "invalid_request_error", "http_version_not_supported", "caller"),
+    "LoopDetected": (508, "server_error", "loop_detected", "gateway"),
     "TooLarge": (413, "invalid_request_error", "request_too_large", "caller"),
     "RateLimited": (429, "rate_limit_error", "rate_limit_exceeded", "caller"),
     "QuotaExhausted": (429, "insufficient_quota", "insufficient_quota", "caller"),
@@ -101,8 +107,9 @@ def test_a_challenge_says_invalid_token_only_where_one_was_presented() -> None:
     assert (presented.code, missing.code) == ("invalid_api_key", None)
 
 
-def test_only_a_body_that_is_not_read_closes_the_connection() -> None:
-    assert [name for name in [*FAMILY, "Invalid"] if getattr(errors, name).closes] == [TooLarge.__name__]
+def test_a_request_that_was_not_read_to_its_end_closes_the_connection_and_no_other() -> None:
+    unread = {name for name in FAMILY if FAMILY[name][0] in (408, 413, 414, 417, 431, 505)} | {"InvalidHTTP"}
+    assert {name for name in [*FAMILY, "Invalid"] if getattr(errors, name).closes} == unread
 
 
 def test_a_broken_contract_tells_all_problems_in_both_shapes() -> None:

@@ -18,17 +18,18 @@ PACKAGE = Path(gateway.__file__).parent
 # Where a library may be imported; one that is not named here is part of the language, or everybody's (msgspec).
 HOMES: dict[str, tuple[str, ...]] = {
     "hiredis": ("store",),
-    "httptools": ("wire",),
-    "httpx": ("wire", "pools"),
-    "pydantic": ("policy",),
+    "h2": ("bridge",),
+    "httptools": ("wire", "server"),
+    "httpx": ("wire", "bridge", "upstream"),
+    "pydantic": ("language", "policy"),
     "redis": ("store", "admission"),  # admission: for the name of one exception
     "rich": ("cli",),
     "starlette": ("app", "echo"),
-    "structlog": ("telemetry", "admission", "reload", "cli"),
+    "structlog": ("telemetry", "admission", "upstream", "reload", "cli"),
     "typer": ("cli",),
     "uvicorn": ("server", "cli"),
     "uvloop": ("cli",),
-    "yaml": ("policy",),
+    "yaml": ("documents",),
 }
 # What any file may use: this, and what comes with Python.
 EVERYBODYS = {"msgspec"}

@@ -30,6 +30,8 @@ def snapshot(schema: str) -> Snapshot:
         "open": {"pool": "openai", "max_output_tokens": 100},
         "accounts/acme/models/long": {"pool": "fireworks", "aliases": ["short"], "max_output_tokens": 100},
         "renamed": {"pool": "openai", "upstream_model": "vendor/name", "aliases": ["other", "vendor/name"]},
+        "inject": {"pool": "inject"},
+        "continuous": {"pool": "continuous"},
         **{f"fireworks/{family}": {"pool": "fireworks", "family": family} for family in FAMILIES},
         **{f"openai/{family}": {"pool": "openai", "family": family} for family in FAMILIES},
     }
@@ -37,7 +39,10 @@ def snapshot(schema: str) -> Snapshot:
     documents = {
         "gateway": {"schema": schema},
         "models": models,
-        "pools": {api: {"api": api, "upstreams": upstreams} for api in ("fireworks", "openai")},
+        "pools": {
+            **{api: {"api": api, "upstreams": upstreams} for api in ("fireworks", "openai")},
+            **{usage: {"api": "openai", "usage": usage, "upstreams": upstreams} for usage in ("inject", "continuous")},
+        },
     }
     with TemporaryDirectory() as directory:
         (Path(directory) / "families.yaml").write_text((POLICIES / "families.yaml").read_text())
@@ -677,3 +682,40 @@ def test_no_damage_is_a_surprise(damage: bytes, at: int) -> None:
     except (BadRequest, Invalid, NotFound):
         return
     assert json.loads(out) == by_the_rules(json.loads(body))
+
+
+# — usage of streams
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "injected"),
+    [
+        (b'{"model":"inject","prompt":"x","stream":true}', b',"stream_options":{"include_usage":true}}', True),
+        (b'{"model":"inject","prompt":"x","stream":true }\n', b' ,"stream_options":{"include_usage":true}}\n', True),
+        (b'{"model":"inject","stream_options":null,"stream":true,"prompt":"x"}', None, True),
+        (b'{"model":"inject","stream_options":{"include_usage":false,"a":1e3},"stream":true,"prompt":"x"}', None, True),
+        (b'{"model":"inject","stream_options":{"include_usage":true},"stream":true,"prompt":"x"}', None, False),
+    ],
+)
+def test_a_stream_is_made_to_tell_its_usage_and_the_rest_of_the_body_stays(
+    given: bytes, expected: bytes | None, injected: bool
+) -> None:
+    asked = ask(given)
+    assert asked.injected is injected
+    if expected is not None:
+        assert asked.body == given.rstrip()[:-1].rstrip() + expected
+    before, after = json.loads(given), json.loads(asked.body)
+    assert after.pop("stream_options") == {**(before.pop("stream_options", None) or {}), "include_usage": True}
+    assert after == before
+
+
+@pytest.mark.parametrize("body", [b'{"model":"inject","prompt":"x"}', b'{"model":"open","prompt":"x","stream":true}'])
+def test_what_is_no_stream_or_tells_by_itself_is_not_asked(body: bytes) -> None:
+    asked = ask(body)
+    assert asked.body is body
+    assert not asked.injected
+
+
+def test_a_backend_that_can_tells_it_all_the_time() -> None:
+    asked = ask({"model": "continuous", "messages": [{"role": "user"}], "stream": True}, "chat/completions")
+    assert json.loads(asked.body)["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}

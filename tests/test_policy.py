@@ -11,7 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.policy import Limit, LimitPolicy, PolicyError, Snapshot, load, matches
+from gateway.documents import PolicyError
+from gateway.language import LimitPolicy
+from gateway.policy import Limit, Snapshot, load, matches
 
 SHIPPED = Path(__file__).parent.parent / "policies"
 
@@ -69,6 +71,33 @@ def test_what_is_left_out_has_the_defaults_of_the_language(tmp_path: Path) -> No
     assert (timeouts.connect, timeouts.first_byte, timeouts.idle, timeouts.total) == (2.0, 120.0, 60.0, 3600.0)
     assert found.models["llama"].upstream_name == "llama"
     assert found.teams["red"].may_use("llama")
+
+
+def test_what_a_model_says_of_time_stands_before_what_its_pool_says(tmp_path: Path) -> None:
+    pools = "pools:\n  demo: {timeouts: {idle: 5s, connect: 1s}, upstreams: [{url: 'http://a'}]}\n"
+    models = "models:\n  llama: {pool: demo, timeouts: {idle: 7s, total: 9s}}\n  qwen: {pool: demo}\n"
+    found = snapshot(tmp_path, all=models + pools).models
+    times = [(t.connect, t.first_byte, t.idle, t.total) for t in (found["llama"].timeouts, found["qwen"].timeouts)]
+    assert times == [(1.0, 120.0, 7.0, 9.0), (1.0, 120.0, 5.0, 3600.0)]
+
+
+def test_a_model_is_stood_in_for_by_its_pools_fallback_and_then_by_its_own_and_never_twice(tmp_path: Path) -> None:
+    pools = "".join(
+        f"  {name}: {{api: {api}, {fallback} upstreams: [{{url: 'http://{name}'}}]}}\n"
+        for name, api, fallback in (
+            ("a", "fireworks", "fallback: b,"),
+            ("b", "openai", "fallback: a,"),
+            ("c", "openai", ""),
+        )
+    )
+    models = "models:\n  one: {pool: a, fallback: two}\n  two: {pool: c, fallback: one}\n  three: {pool: c}\n"
+    found = snapshot(tmp_path, all=models + "pools:\n" + pools).models
+    routes = {name: [(m.name, m.pool, m.api) for m in model.fallbacks] for name, model in found.items()}
+    assert routes == {
+        "one": [("one", "b", "openai"), ("two", "c", "openai")],
+        "two": [("one", "a", "fireworks"), ("one", "b", "openai")],
+        "three": [],
+    }
 
 
 def test_prices_are_micro_dollars_per_million_tokens_and_cached_input_costs_as_input(tmp_path: Path) -> None:
@@ -185,11 +214,14 @@ MISTAKES = {
     "nothing for names": ("teams:", "a.yaml:1 teams: is empty, expected names, each with its members"),
     "nothing for members": (
         "pools:\n  demo:",
-        "a.yaml:2 pools.demo: is empty, expected members: api, timeouts, upstreams",
+        (
+            "a.yaml:2 pools.demo: is empty, expected members: api, usage, balance, transport, timeouts, retries, "
+            "health, slow_start, comments, fallback, forward_headers, tls, upstreams"
+        ),
     ),
     "a number for members": (
         "pools:\n  demo: {upstreams: [7]}",
-        "a.yaml:2 pools.demo.upstreams[0]: 7 is a number, expected members: url, key_env, max_in_flight",
+        "a.yaml:2 pools.demo.upstreams[0]: 7 is a number, expected members: url, key_env, weight, max_in_flight, drain",
     ),
     "a list that holds nothing": (
         limit("name: l, count: usd, rate: 1/day, per: []"),
@@ -342,6 +374,45 @@ MISTAKES = {
     "a limit's name that stands twice": (
         limit("name: l, count: usd, rate: 1/day, per: [team]}\n      - {name: l, count: usd, rate: 1/day, per: [key]"),
         'a.yaml:5 plans.free.limits[1].name: "l" stands twice in this plan, expected a name of its own',
+    ),
+    "a share without its sign": (
+        "pools:\n  demo: {retries: {budget: 0.1}, upstreams: [{url: 'http://a'}]}",
+        "a.yaml:2 pools.demo.retries.budget: 0.1 is no share, expected one from 0% to 100%",
+    ),
+    "a share of more than all": (
+        "pools:\n  demo: {retries: {budget: 101%}, upstreams: [{url: 'http://a'}]}",
+        'a.yaml:2 pools.demo.retries.budget: "101%" is no share, expected one from 0% to 100%',
+    ),
+    "an unknown cause": (
+        "pools:\n  demo: {retries: {on: [connect, 404]}, upstreams: [{url: 'http://a'}]}",
+        ("a.yaml:2 pools.demo.retries.on[1]: 404 is unknown, expected one of connect, reset, 429, 500, 502, 503, 504"),
+    ),
+    "a header that never travels": (
+        "pools:\n  demo: {forward_headers: [x-a, cookie], upstreams: [{url: 'http://a'}]}",
+        (
+            'a.yaml:2 pools.demo.forward_headers[1]: "cookie" is no header\'s name in lower case that may travel, '
+            "such as x-experiment"
+        ),
+    ),
+    "a path that is none": (
+        "pools:\n  demo: {health: {probe: health}, upstreams: [{url: 'http://a'}]}",
+        'a.yaml:2 pools.demo.health.probe: "health" is no path, expected one such as /health',
+    ),
+    "a key without a certificate": (
+        "pools:\n  demo: {tls: {key: k.pem}, upstreams: [{url: 'https://a'}]}",
+        "a.yaml:2 pools.demo.tls: has a key without a certificate, expected one with certificate only",
+    ),
+    "an upstream that stands twice": (
+        "pools:\n  demo: {upstreams: [{url: 'http://a'}, {url: 'http://a'}]}",
+        'a.yaml:2 pools.demo.upstreams[1].url: "http://a" stands twice in this pool, expected once',
+    ),
+    "a pool that falls back to itself": (
+        "pools:\n  demo: {fallback: demo, upstreams: [{url: 'http://a'}]}",
+        'a.yaml:2 pools.demo.fallback: "demo" is not defined, expected one of (none is defined)',
+    ),
+    "a model that falls back to an alias": (
+        "models:\n  llama: {pool: demo, fallback: q}\n  qwen: {pool: demo, aliases: [q]}\n" + POOLS,
+        'a.yaml:2 models.llama.fallback: "q" is not defined, expected one of qwen',
     ),
     "no YAML": ("gateway: {", "a.yaml:2: is no YAML: while parsing a flow node, did not find expected node content"),
     "two documents": (

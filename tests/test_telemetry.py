@@ -88,7 +88,7 @@ ALWAYS = {
     "outcome",
     "duration_s",
 }
-KNOWN = {"key_id", "team"}
+KNOWN = {"key_id", "team", "trace_id"}
 UNDERSTOOD = {"gen_ai.request.model", "stream"}
 ANSWERED = {
     "upstream.name",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import socket
 import ssl
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -17,17 +19,29 @@ import pytest
 
 import gateway.wire
 from gateway.errors import UpstreamFailed, UpstreamTimeout
-from gateway.policy import Timeouts
-from gateway.wire import Reply, Wire, _Question
+from gateway.language import Timeouts
+from gateway.wire import Reply, Stream, Wire, _Question, trusting
+from tests.corpus.responses import CASES
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunked, forever, ok, play
 
 BODY = b'{"prompt": "hello"}'
 
 
+class Timed(Wire):
+    """A wire whose requests all have the same timeouts, unless they bring their own."""
+
+    timeouts = Timeouts()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.extensions.setdefault("timeouts", self.timeouts)
+        return await super().handle_async_request(request)
+
+
 @asynccontextmanager
 async def wired(backend: Backend, **timeouts: str) -> AsyncIterator[Wire]:
     """A wire to the backend; at the end nothing may be in flight."""
-    wire = Wire(backend.url, Timeouts.model_validate(timeouts))
+    wire = Timed(backend.url)
+    wire.timeouts = Timeouts.model_validate(timeouts)
     try:
         yield wire
         assert wire.in_flight == 0
@@ -41,9 +55,12 @@ def question(wire: Wire, method: str = "POST", body: bytes = BODY, **headers: st
     return httpx.Request(method, url, headers=fields, stream=httpx.ByteStream(b""), extensions={"body": body})
 
 
-async def ask(wire: Wire, method: str = "POST", body: bytes = BODY) -> Reply:
-    response = await wire.handle_async_request(question(wire, method, body))
-    return cast(Reply, response.stream)
+async def ask(wire: Wire, method: str = "POST", body: bytes = BODY, **extensions: object) -> Reply:
+    request = question(wire, method, body)
+    request.extensions.update(extensions)
+    response = await wire.handle_async_request(request)
+    stream: Stream = cast(Reply, response.stream)  # what it offers is what pools ask for
+    return cast(Reply, stream)
 
 
 async def read(answer: Reply) -> bytes:
@@ -115,7 +132,7 @@ async def test_no_value_can_split_the_head(value: str) -> None:
 async def test_a_plain_httpx_client_can_use_it() -> None:
     async with (
         Backend(Peer.request, ok(b'{"a": 1}')) as backend,
-        httpx.AsyncClient(transport=Wire(backend.url, Timeouts())) as client,
+        httpx.AsyncClient(transport=Wire(backend.url)) as client,
     ):
         response = await client.post(backend.url, json={"b": 2})
     assert (response.json(), backend.requests[0].body) == ({"a": 1}, b'{"b":2}')
@@ -314,7 +331,6 @@ BAD = {
     "too large a head": HEAD + (b"X: " + b"x" * 8000 + b"\r\n") * 9 + b"\r\n",
     "one endless field": HEAD + b"X: " + b"x" * 100_000,
     "an endless name": HEAD + b"x" * 100_000,
-    "more informational heads than a head may be long": b"HTTP/1.1 102 Processing\r\n\r\n" * 3000,
 }
 
 
@@ -332,6 +348,50 @@ async def test_a_head_of_almost_the_limit_is_taken() -> None:
     steps = (Peer.request, message[:1000], turn, message[1000:])  # so that the last of the head comes with much body
     async with Backend(*steps) as backend, wired(backend) as wire:
         assert len(await exchange(wire)) == 70_000
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_each_answer_of_the_corpus_is_relayed_or_refused_and_none_of_it_reaches_the_next(name: str) -> None:
+    case = CASES[name]
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        if len(backend.requests) > 1:
+            await peer.send(ok(b"next"))
+            return
+        await peer.send(case.raw)
+        if case.closes:
+            await peer.close()
+
+    async with Backend(forever(script)) as backend, wired(backend) as wire:
+        outcome = await outcome_of(wire, case.method)
+        assert case.expected == outcome
+        assert await exchange(wire) == b"next"
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_each_answer_of_the_corpus_means_the_same_byte_by_byte(name: str) -> None:
+    case = CASES[name]
+    size = max(1, len(case.raw) // 1000)
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        for start in range(0, len(case.raw), size):
+            await play(peer, case.raw[start : start + size], turn)
+        if case.closes:
+            await peer.close()
+
+    async with Backend(script) as backend, wired(backend) as wire:
+        assert case.expected == await outcome_of(wire, case.method)
+
+
+async def outcome_of(wire: Wire, method: str) -> tuple[int, bytes] | str | None:
+    """The status and the body that were relayed, or the code of the failure."""
+    try:
+        answer = await ask(wire, method)
+        return answer.status, await read(answer)
+    except UpstreamFailed as failed:
+        return failed.code
 
 
 MANGLED = {
@@ -449,7 +509,7 @@ async def test_an_idle_connection_is_dropped_as_soon_as_anything_happens_on_it(s
 
 
 async def test_a_connection_is_not_kept_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway.wire, "_IDLE", 0.05)
+    monkeypatch.setattr(gateway.wire, "IDLE", 0.05)
     async with Backend(forever(Peer.request, ok(b"{}"))) as backend, wired(backend) as wire:
         await exchange(wire)
         await exchange(wire)
@@ -488,6 +548,21 @@ async def test_the_replacement_of_a_kept_connection_may_fail() -> None:
         assert len(backend.peers) == 2
 
 
+async def test_a_kept_connection_that_dies_after_working_on_the_question_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gateway.wire, "AT_ONCE", 0.1)
+
+    async def works(_: Peer) -> None:
+        await asyncio.sleep(0.2)
+
+    async with Backend(Peer.request, ok(b"{}"), Peer.request, works, Peer.close) as backend, wired(backend) as wire:
+        await exchange(wire)
+        with fails("upstream_disconnected"):
+            await exchange(wire)
+        assert (len(backend.peers), len(backend.requests)) == (1, 2)
+
+
 @pytest.mark.parametrize("heard", [b"H", b"HTTP/1.1 102 Processing\r\n\r\n"])
 async def test_what_has_begun_to_answer_is_not_asked_again(heard: bytes) -> None:
     async with Backend(Peer.request, ok(b"{}"), Peer.request, heard, Peer.close) as backend, wired(backend) as wire:
@@ -506,7 +581,7 @@ async def test_a_new_connection_that_dies_is_not_replaced() -> None:
 
 async def test_a_connection_that_ends_before_it_is_asked_is_told_as_ended() -> None:
     async with Backend(Peer.close) as backend, wired(backend) as wire:
-        connection = await wire._connect()
+        connection = await wire._connect(_Question(question(wire)))
         await until(lambda: connection._closed)
         with fails("upstream_disconnected"):
             await asyncio.wait_for(connection.ask(_Question(question(wire))), 1)
@@ -531,7 +606,7 @@ async def test_an_early_answer_stops_a_streamed_question(size: int) -> None:
 async def test_aclose_ends_everything_and_who_asks_later_gets_a_new_connection() -> None:
     """A request that began before its upstream was retired still gets its answer."""
     async with Backend(Peer.request, ok(b"{}"), Peer.request, EVENTS) as backend:
-        wire = Wire(backend.url, Timeouts())
+        wire = Wire(backend.url)
         await exchange(wire)
         answer = await ask(wire)
         await wire.aclose()
@@ -574,7 +649,8 @@ def black_hole() -> Iterator[str]:
 
 async def test_an_upstream_that_does_not_accept_is_told_as_a_connect_timeout() -> None:
     with black_hole() as url:
-        wire = Wire(url, Timeouts.model_validate({"connect": "50ms"}))
+        wire = Timed(url)
+        wire.timeouts = Timeouts.model_validate({"connect": "50ms"})
         with fails("upstream_connect_timeout", UpstreamTimeout):
             await asyncio.wait_for(ask(wire), 1)
         assert wire.in_flight == 0
@@ -584,7 +660,7 @@ async def test_an_upstream_that_refuses_is_told_as_such() -> None:
     async with Backend() as backend:
         pass
     with fails("upstream_connect_failed"):
-        await ask(Wire(backend.url, Timeouts()))
+        await ask(Wire(backend.url))
 
 
 async def test_an_upstream_that_is_silent_has_until_the_first_byte_deadline() -> None:
@@ -602,6 +678,100 @@ async def test_informational_answers_do_not_move_the_first_byte_deadline() -> No
     async with Backend(Peer.request, forever(hints)) as backend, wired(backend, first_byte="60ms") as wire:
         with fails("upstream_first_byte_timeout", UpstreamTimeout):
             await ask(wire)
+
+
+async def test_a_flood_of_informational_answers_is_held_back_and_ends_at_the_first_byte_deadline() -> None:
+    flood = forever(b"HTTP/1.1 102 Processing\r\n\r\n" * 100)
+    async with Backend(Peer.request, flood) as backend, wired(backend, first_byte="1s") as wire:
+        asking = asyncio.create_task(ask(wire))
+        await until(lambda: any(connection._paused for connection in wire.busy))
+        with fails("upstream_first_byte_timeout", UpstreamTimeout):
+            await asking
+
+
+async def test_an_answer_that_comes_with_many_informational_ones_is_read_to_its_end() -> None:
+    more = asyncio.Event()
+    first, last = (b"HTTP/1.1 103 Hints\r\nX: " + b"x" * size + b"\r\n\r\n" for size in (60_000, 6000))
+    async with Backend(Peer.request, first, turn, last + EVENTS, more, chunk(b"a") + END) as backend:
+        async with wired(backend) as wire:
+            answer = await ask(wire)
+            more.set()
+            assert await asyncio.wait_for(read(answer), 5) == b"a"
+
+
+async def test_first_byte_and_total_count_from_when_the_request_began() -> None:
+    loop = asyncio.get_running_loop()
+    patient = Timeouts.model_validate({"first_byte": "2h"})
+    async with Backend(forever(Peer.request)) as backend, wired(backend) as wire:
+        with fails("upstream_first_byte_timeout", UpstreamTimeout):
+            await asyncio.wait_for(ask(wire, since=loop.time() - 119.5), 20)
+        with fails("upstream_total_timeout", UpstreamTimeout):
+            await asyncio.wait_for(ask(wire, since=loop.time() - 3599.5, timeouts=patient), 20)
+    async with Backend(Peer.request, EVENTS, asyncio.Event()) as backend, wired(backend) as wire:
+        answer = await ask(wire, since=loop.time() - 3599, timeouts=patient)
+        with fails("upstream_total_timeout", UpstreamTimeout):
+            await asyncio.wait_for(read(answer), 20)
+
+
+async def test_a_connect_has_no_more_time_than_what_is_left_of_the_first_byte() -> None:
+    loop = asyncio.get_running_loop()
+    with black_hole() as url:
+        with fails("upstream_first_byte_timeout", UpstreamTimeout):
+            await asyncio.wait_for(ask(Wire(url), since=loop.time() - 119.5), 1.9)
+
+
+async def test_a_request_whose_time_is_over_is_not_asked() -> None:
+    loop = asyncio.get_running_loop()
+    async with Backend(forever(Peer.request, ok(b"{}"))) as backend, wired(backend) as wire:
+        await exchange(wire)
+        with fails("upstream_first_byte_timeout", UpstreamTimeout):
+            await ask(wire, since=loop.time() - 121)
+        assert (len(backend.requests), len(wire.idle)) == (1, 1)
+
+
+async def test_a_reader_that_left_while_it_waited_is_not_waiting_for_the_next_answer() -> None:
+    end, more = asyncio.Event(), asyncio.Event()
+    steps = (Peer.request, EVENTS, end, END, Peer.request, EVENTS, more, chunk(b"a") + END)
+    async with Backend(*steps) as backend, wired(backend, idle="400ms") as wire:
+        answer = await ask(wire)
+        waiting = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        end.set()
+        await until(lambda: answer.received)
+        await answer.aclose()
+        answer = await ask(wire)
+        await asyncio.sleep(0.8)
+        more.set()
+        assert await read(answer) == b"a"
+        assert len(backend.peers) == 1
+
+
+async def test_each_request_over_a_connection_has_its_own_timeouts() -> None:
+    async with Backend(Peer.request, ok(b"{}"), Peer.request, EVENTS) as backend, wired(backend) as wire:
+        await exchange(wire)
+        answer = await ask(wire, timeouts=Timeouts.model_validate({"idle": "300ms"}))
+        with fails("upstream_idle_timeout", UpstreamTimeout):
+            await asyncio.wait_for(read(answer), 20)
+        assert len(backend.peers) == 1
+
+
+async def test_a_timer_is_set_once_and_serves_many_requests() -> None:
+    async with Backend(forever(Peer.request, ok(b"{}"))) as backend, wired(backend) as wire:
+        timers = set()
+        for _ in range(5):
+            await exchange(wire)
+            timers |= {connection._timer for connection in wire.idle}
+        assert (len(timers), len(backend.peers)) == (1, 1)  # that of the first time it was idle
+
+
+async def test_an_idle_connection_does_not_hold_the_question_that_it_carried() -> None:
+    body = bytes(1_000_000)
+    before = sys.getrefcount(body)
+    async with Backend(forever(Peer.request, ok(b"{}"))) as backend, wired(backend) as wire:
+        await exchange(wire, body=body)
+        assert len(wire.idle) == 1
+        assert before == sys.getrefcount(body)
 
 
 async def test_an_upstream_that_falls_silent_has_until_the_idle_deadline() -> None:
@@ -782,7 +952,7 @@ async def test_a_cancelled_connect_closes_its_socket() -> None:
         return sum(str(link.readlink()).startswith("socket:") for link in links)
 
     with black_hole() as url:
-        wire = Wire(url, Timeouts())
+        wire = Wire(url)
         before = sockets()
         asking = asyncio.create_task(ask(wire))
         await until(lambda: sockets() > before)
@@ -823,21 +993,113 @@ async def wire_emptied(wire: Wire) -> None:
 
 
 async def test_tls_is_verified_and_says_whom_it_wants(tmp_path: Path) -> None:
-    pem = tmp_path / "upstream.pem"
-    pem.write_text(UPSTREAM)
+    server, pem = server_tls(tmp_path)
     wanted: list[str | None] = []
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(pem)
     server.sni_callback = lambda _socket, name, _context: wanted.append(name)
     async with Backend(forever(Peer.request, chunked(bytes(300_000), b"b")), tls=server) as backend:
         url = backend.url.replace("127.0.0.1", "localhost")
-        wire = Wire(url, Timeouts(), ssl_context=ssl.create_default_context(cafile=str(pem)))
+        wire = Wire(url, ssl_context=ssl.create_default_context(cafile=str(pem)))
         for _ in range(2):
             assert bytes(300_000) + b"b" == await exchange(wire)
         await wire.aclose()
         assert (wanted, len(backend.peers)) == (["localhost"], 1)
         with fails("upstream_connect_failed"):
-            await ask(Wire(url, Timeouts()))
+            await ask(Wire(url))
+
+
+def server_tls(directory: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server for localhost, and the PEM file with its key and with the certificate that vouches for it."""
+    pem = directory / "upstream.pem"
+    pem.write_text(UPSTREAM)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    return context, pem
+
+
+async def test_a_certificate_is_verified_for_the_hosts_name_or_another_that_is_given(tmp_path: Path) -> None:
+    context, pem = server_tls(tmp_path)
+    ours = trusting(str(pem), None, None)
+    async with Backend(Peer.request, ok(b"{}"), tls=context) as backend:
+        named = backend.url.replace("127.0.0.1", "localhost")
+        for wire in (Wire(named, ssl_context=ours), Wire(backend.url, ssl_context=ours, server_name="localhost")):
+            assert await exchange(wire) == b"{}"
+            await wire.aclose()
+        for wire in (
+            Wire(backend.url, ssl_context=ours),
+            Wire(named, ssl_context=ours, server_name="elsewhere"),
+            Wire(named, ssl_context=trusting(None, None, None)),
+        ):
+            with fails("upstream_connect_failed"):
+                await ask(wire)
+
+
+async def test_a_certificate_is_shown_to_an_upstream_that_asks_for_one(tmp_path: Path) -> None:
+    context, pem = server_tls(tmp_path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(pem)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # in which the handshake fails for both sides
+    async with Backend(Peer.request, ok(b"{}"), tls=context) as backend:
+        url = backend.url.replace("127.0.0.1", "localhost")
+        shown = Wire(url, ssl_context=trusting(str(pem), str(pem), str(pem)))
+        assert await exchange(shown) == b"{}"
+        await shown.aclose()
+        with fails("upstream_connect_failed"):
+            await ask(Wire(url, ssl_context=trusting(str(pem), None, None)))
+
+
+@contextmanager
+def demanding(pem: Path) -> Iterator[str]:
+    """The address of OpenSSL's own server, which asks for a certificate, and tells by TLS 1.3 that it misses it."""
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("no openssl on this machine")
+    command = [openssl, "s_server", "-accept", "127.0.0.1:0", *f"-cert {pem} -key {pem} -CAfile {pem}".split()]
+    flags = ["-Verify", "1", "-verify_return_error", "-tls1_3"]
+    with subprocess.Popen(  # it reads commands, and ends with them
+        [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as server:
+        assert server.stdout is not None
+        try:
+            line = next(line for line in server.stdout if line.startswith(b"ACCEPT"))
+            yield f"https://localhost:{int(line.rpartition(b':')[2])}"
+        finally:
+            server.terminate()
+
+
+async def test_an_upstream_that_misses_our_certificate_after_the_handshake_was_not_connected(tmp_path: Path) -> None:
+    _, pem = server_tls(tmp_path)
+    with demanding(pem) as url:
+        with fails("upstream_connect_failed"):
+            await ask(Wire(url, ssl_context=trusting(str(pem), None, None)))
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_file_that_is_missing_is_named(tmp_path: Path, missing: int) -> None:
+    _, pem = server_tls(tmp_path)
+    files = [str(pem)] * 3
+    files[missing] = str(tmp_path / "missing.pem")
+    with pytest.raises(FileNotFoundError, match=r"missing\.pem"):
+        trusting(*files)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_file_that_is_no_pem_is_named(tmp_path: Path, broken: int) -> None:
+    _, pem = server_tls(tmp_path)
+    files = [str(pem)] * 3
+    files[broken] = str(tmp_path / "broken.pem")
+    Path(files[broken]).write_text("-----BEGIN NOTHING-----\n")
+    with pytest.raises(ssl.SSLError, match=r"broken\.pem.*expected PEM"):
+        trusting(*files)
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_password(tmp_path: Path) -> None:
+    _, pem = server_tls(tmp_path)
+    key = tmp_path / "encrypted.pem"
+    if (openssl := shutil.which("openssl")) is None:
+        pytest.skip("no openssl on this machine")
+    command = [openssl, "pkcs8", "-topk8", "-in", str(pem), "-out", str(key), "-passout", "pass:secret"]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(ssl.SSLError, match=r"encrypted\.pem"):
+        trusting(None, str(pem), str(key))
 
 
 async def test_small_writes_are_not_held_back() -> None:

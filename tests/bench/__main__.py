@@ -16,12 +16,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import redis
 import yaml
@@ -168,16 +170,16 @@ def house(keys: int = 0) -> Iterator[list[Measured]]:
             process = start(stack, [sys.executable, "-m", "tests.bench.forward", str(port), *words], MEASURED)
             listening(port)
             proxies.append(Measured(name, port, "-", [process.pid]))
-        proxies.append(gateway(stack, folder, backend))
+        pool = {"upstreams": [{"url": f"http://127.0.0.1:{backend}", "max_in_flight": 100000}]}
+        proxies.append(gateway(stack, folder, pool))
         yield proxies
 
 
-def gateway(stack: ExitStack, folder: Path, backend: int) -> Measured:
+def gateway(stack: ExitStack, folder: Path, pool: dict[str, Any]) -> Measured:
     """A served gateway with five limits, its ledger and its access log, on an embedded store."""
     policies = folder / "policies"
     policies.mkdir()
-    pools = {"bench": {"upstreams": [{"url": f"http://127.0.0.1:{backend}", "max_in_flight": 100000}]}}
-    (policies / "all.yaml").write_text(yaml.safe_dump({**POLICIES, "pools": pools}))
+    (policies / "all.yaml").write_text(yaml.safe_dump({**POLICIES, "pools": {"bench": pool}}))
     words = ["--policies", str(policies), "--state", str(folder / "state")]
     command = [sys.executable, "-m", "gateway"]
     made = subprocess.run(
@@ -274,13 +276,82 @@ def show_streams(proxies: list[Measured], streams: int, rounds: int) -> None:
     table((f"{streams} paced streams", "CPU µs an event", "× nginx", "KiB a stream"), rows)
 
 
+def show_bursts(proxies: list[Measured], rounds: int, seconds: float) -> None:
+    """CPU per event where a stream's events come all at once."""
+    figures: dict[str, list[float]] = {p.name: [] for p in proxies}
+    for _ in range(rounds):
+        for p in proxies:
+            before = cpu_seconds(p.pids)
+            seen = load(p.port, p.key, 8, seconds, "burst")
+            figures[p.name].append((cpu_seconds(p.pids) - before) / seen["events"] * 1e6)
+    base = figures.get("nginx")
+    rows = []
+    for name, some in figures.items():
+        against = f"{median(a / b for a, b in zip(some, base, strict=True)):.2f}" if base else "no nginx here"
+        rows.append((name, f"{median(some):.2f}", against))
+    table((f"streams of {EVENTS} events at once, 8 callers", "CPU µs an event", "× nginx"), rows)
+
+
+class Hole(threading.Thread):
+    """A backend that takes every request and answers none. `taken` is how many."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self.port: int = self.listener.getsockname()[1]
+        self.taken = 0
+        self.start()
+
+    def run(self) -> None:
+        held = []
+        with suppress(OSError):
+            while True:
+                held.append(self.listener.accept()[0])
+                self.taken += 1  # a connection that is never answered carries one request
+
+
+def show_black_hole(seconds: float) -> None:
+    """How many requests go to one of four upstreams that does not answer, before it is ejected and after."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ports = [free_port() for _ in range(3)]
+        for port in ports:
+            start(stack, [sys.executable, "-m", "tests.bench.backend", str(port)], OTHERS)
+            listening(port)
+        hole = Hole()
+        pool = {
+            "upstreams": [{"url": f"http://127.0.0.1:{port}"} for port in (hole.port, *ports)],
+            "timeouts": {"first_byte": "1s"},
+        }
+        gate = gateway(stack, folder, pool)
+        rows = []
+        for name in ("first", "next", "last"):
+            before = hole.taken
+            command = [sys.executable, "-m", "tests.bench.load", str(gate.port), gate.key, "32", str(seconds)]
+            done = subprocess.run(
+                ["taskset", "-c", "1", *command], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            seen = json.loads(done.stdout)
+            taken = hole.taken - before
+            rows.append(
+                (
+                    f"{name} {seconds:.0f} s",
+                    f"{seen['answers']:,.0f}",
+                    f"{taken}",
+                    f"{taken / seen['answers']:.2%}",
+                    f"{seen['errors']:.0f}",
+                )
+            )
+        table(("one black hole among four", "answers", "went to it", "share", "failed"), rows)
+
+
 def main() -> None:
     """Measure and print; the tables are the README's."""
     words = argparse.ArgumentParser(prog="make bench", description=__doc__)
     words.add_argument("--rounds", type=int, default=5)
     words.add_argument("--seconds", type=float, default=3)
     words.add_argument("--callers", type=int, default=32)
-    words.add_argument("--streams", type=int, nargs="*", default=[100, 1000])
+    words.add_argument("--streams", type=int, nargs="*", default=[100, 500, 1000])
     given = words.parse_args()
     model = next(
         (
@@ -297,6 +368,8 @@ def main() -> None:
         show_latency(proxies, 3, given.seconds)
         for streams in given.streams:
             show_streams([p for p in proxies if p.name != "uvicorn's hello"], streams, 2)
+        show_bursts([p for p in proxies if p.name != "uvicorn's hello"], 3, given.seconds)
+    show_black_hole(given.seconds)
 
 
 if __name__ == "__main__":

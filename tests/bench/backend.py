@@ -1,7 +1,7 @@
 """A backend that costs as little as Python lets it: fixed JSON answers, and streams of events at a steady pace.
 
 `python -m tests.bench.backend PORT`. POST …/completions with "stream": true streams EVENTS events, PACE a second; all
-streams share one clock, so that a thousand of them are one timer.
+streams share one clock, so that a thousand of them are one timer. With "user": "burst" all of them come at once.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ def _chunk(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 
+BURST = STREAM_HEAD + _chunk(EVENT) * EVENTS + _chunk(FINISH) + b"0\r\n\r\n"
+
+
 class Backend(asyncio.Protocol):
     """One connection: requests with a Content-Length, one after the other."""
 
@@ -56,7 +59,9 @@ class Backend(asyncio.Protocol):
                 return
             body = self.received[end + 4 : end + 4 + length]
             self.received = self.received[end + 4 + length :]
-            if b'"stream": true' in body:
+            if b'"user": "burst"' in body:
+                self.transport.write(BURST)
+            elif b'"stream": true' in body:
                 self.transport.write(STREAM_HEAD)
                 self.streams[self] = 0
             else:

@@ -6,15 +6,18 @@ stands on uvicorn. What the gateway costs beyond it is what its decisions cost.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 
 import uvicorn
 
 from gateway.asgi import Receive, Scope, Send, read_body
-from gateway.policy import PoolPolicy, UpstreamPolicy
-from gateway.pools import Answer, Upstream
+from gateway.language import PoolPolicy, UpstreamPolicy
+from gateway.normalize import InferenceRequest
+from gateway.policy import Model
 from gateway.server import config
+from gateway.upstream import Upstream
 from gateway.wire import Wire
 from tests.bench.backend import ANSWER
 
@@ -23,18 +26,20 @@ class Forward:
     """POST anything, and it goes to the one upstream."""
 
     def __init__(self, port: int) -> None:
-        policy = UpstreamPolicy(url=f"http://127.0.0.1:{port}")
-        timeouts = PoolPolicy(upstreams=(policy,)).timeouts
-        self.upstream = Upstream(policy, Wire(policy.url, timeouts), None)
+        own = UpstreamPolicy(url=f"http://127.0.0.1:{port}")
+        pool = PoolPolicy(upstreams=(own,))
+        self.upstream = Upstream(pool, own, Wire(own.url), None)
+        self.upstream.join("bench", pool, own, lambda: False)
+        self.model = Model("m", None, "bench", "fireworks", "m", 1, 0, 0, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_body(scope, receive, 1 << 20)
-        response = await self.upstream.transport.handle_async_request(self.upstream.request(scope["path"], [], body))
-        answer = Answer(response, self.upstream, 1)
+        request = InferenceRequest("completions", scope["path"], self.model, "m", body, False, None, 0, 0)
+        answer = await self.upstream.ask(request, scope["headers"], [], asyncio.get_running_loop().time())
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         async for chunk in answer:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await answer.aclose()
+        await answer.leave()
         await send(answer.end)
 
 

@@ -2,6 +2,7 @@
 
 `python -m tests.bench.load PORT KEY CALLERS SECONDS` prints one JSON line: answers, errors, seconds, latency
 percentiles in milliseconds. `… stream` opens CALLERS streams once and reads each to its end: events and streams.
+`… burst` asks for SECONDS for streams whose events come all at once.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ MODEL = "accounts/fireworks/models/llama-v2-7b"
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
 
 
-def request(key: str, *, stream: bool) -> bytes:
+def request(key: str, kind: str) -> bytes:
     """A request as an SDK sends it."""
-    body = json.dumps({"model": MODEL, "prompt": PROMPT, "max_tokens": 64, "stream": stream}).encode()
+    asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 64, "stream": kind != "json"}
+    body = json.dumps({**asked, "user": "burst"} if kind == "burst" else asked).encode()
     head = (
         b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: application/json\r\n"
         b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.54.0\r\nx-stainless-lang: python\r\n"
@@ -75,10 +77,10 @@ class Caller(asyncio.Protocol):
 class Load:
     """What the callers share."""
 
-    def __init__(self, key: str, seconds: float, *, stream: bool) -> None:
-        self.request = request(key, stream=stream)
+    def __init__(self, key: str, seconds: float, kind: str) -> None:
+        self.request = request(key, kind)
         self.until = time.perf_counter() + seconds
-        self.stream = stream
+        self.once = kind == "stream"
         self.errors = self.events = 0
         self.times: list[float] = []
         self.callers = 0
@@ -87,7 +89,7 @@ class Load:
     def answered(self, caller: Caller) -> None:
         now = time.perf_counter()
         self.times.append(now - caller.asked)
-        if self.stream or now > self.until:
+        if self.once or now > self.until:
             caller.transport.close()
             self.leave(caller)
         else:
@@ -100,15 +102,15 @@ class Load:
             self.ended.set()
 
 
-async def main(port: int, key: str, callers: int, seconds: float, *, stream: bool) -> None:
+async def main(port: int, key: str, callers: int, seconds: float, kind: str) -> None:
     """Run the load and print what was seen."""
-    load = Load(key, seconds, stream=stream)
+    load = Load(key, seconds, kind)
     load.callers = callers
     loop = asyncio.get_running_loop()
     started = time.perf_counter()
     for i in range(callers):
         await loop.create_connection(lambda: Caller(load), "127.0.0.1", port)
-        if stream and i % 50 == 49:
+        if load.once and i % 50 == 49:
             await asyncio.sleep(0.05)
     await load.ended.wait()
     cuts = quantiles(load.times, n=100) if len(load.times) > 1 else load.times * 99
@@ -127,6 +129,5 @@ async def main(port: int, key: str, callers: int, seconds: float, *, stream: boo
 
 
 if __name__ == "__main__":
-    uvloop.run(
-        main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), stream=sys.argv[5:] == ["stream"])
-    )
+    port, key, callers, seconds, *words = sys.argv[1:]
+    uvloop.run(main(int(port), key, int(callers), float(seconds), *words or ["json"]))

@@ -91,8 +91,8 @@ class Caller:
 
 
 SDKS = {
-    "openai": Sdk(openai, openai.OpenAI, "/v1", openai.APIConnectionError),
-    "openai-async": Sdk(openai, openai.AsyncOpenAI, "/v1", openai.APIConnectionError),
+    "openai": Sdk(openai, openai.OpenAI, "/v1", openai.APIError),
+    "openai-async": Sdk(openai, openai.AsyncOpenAI, "/v1", openai.APIError),
     "fireworks": Sdk(fireworks, fireworks.Fireworks, "", httpx.TransportError),
     "fireworks-async": Sdk(fireworks, fireworks.AsyncFireworks, "", httpx.TransportError),
 }

@@ -105,7 +105,7 @@ class Caller:
 
 def documents(upstreams: list[str], **sections: Any) -> dict[str, Any]:
     """DOCUMENTS with a demo pool of these addresses; a section that is given takes the place of its default."""
-    pools = {"demo": {"upstreams": [{"url": url} for url in upstreams]}}
+    pools = {"demo": {"upstreams": [{"url": url} for url in upstreams], "forward_headers": ["x-echo"]}}
     return {**deepcopy(DOCUMENTS), "pools": pools, **sections}
 
 

@@ -15,7 +15,8 @@ import redis
 
 from gateway.admission import Admission
 from gateway.exchange import new_id
-from gateway.policy import Count, Limit
+from gateway.language import Count
+from gateway.policy import Limit
 from gateway.store import Store
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord

@@ -1,0 +1,39 @@
+"""Which upstreams are drained by command: a set in the store that every gateway reads once a second.
+
+A policy says what shall be; a command is for the hour in which a machine is repaired. Both drain alike: an upstream
+gets nothing new, and ends what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from gateway.errors import StoreUnavailable
+from gateway.store import Store
+
+_DRAINED = "{gateway}:drained"
+_EVERY = 1.0  # seconds
+
+
+async def drained(store: Store) -> frozenset[str]:
+    """The upstreams, as `pool/host:port`. Raises StoreUnavailable, as all of these do."""
+    found = await store.call(lambda: store.client.smembers(_DRAINED))
+    return frozenset(name.decode() for name in found)
+
+
+async def drain(store: Store, upstream: str) -> None:
+    await store.call(lambda: store.client.sadd(_DRAINED, upstream))
+
+
+async def resume(store: Store, upstream: str) -> None:
+    await store.call(lambda: store.client.srem(_DRAINED, upstream))
+
+
+async def follow(store: Store, take: Callable[[frozenset[str]], None]) -> None:
+    """Tell which ones there are, for ever. While the store is away, what was told last holds."""
+    while True:
+        with suppress(StoreUnavailable):
+            take(await drained(store))
+        await asyncio.sleep(_EVERY)

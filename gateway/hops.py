@@ -1,0 +1,111 @@
+"""What of a caller's head travels on to a backend, and what the gateway says there of the way that it came.
+
+A header travels only if its name stands in a table, and it is the table's name that is written: of a caller's bytes
+nothing but values reaches a backend. Credentials, cookies, X-Forwarded-* and what tells of the caller's SDK
+(X-Stainless-*) are not in the table.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gateway.asgi import RawHeaders, named_by_connection
+from gateway.errors import LoopDetected
+
+# What backends of this kind are known to read. A pool names further ones (forward_headers).
+_USUAL = (
+    "accept",
+    "anthropic-beta",
+    "anthropic-version",
+    "idempotency-key",
+    "openai-beta",
+    "user-agent",
+    "x-client-request-id",
+    "x-multi-turn-session-id",
+    "x-prompt-cache-isolation-key",
+    "x-session-affinity",
+)
+
+Travelling = Mapping[bytes, bytes]
+
+
+def travelling(more: Iterable[str] = ()) -> Travelling:
+    """The table of the headers that travel, with those that a pool adds."""
+    return {name.encode(): name.encode() for name in (*_USUAL, *more)}
+
+
+def carried(headers: RawHeaders, table: Travelling) -> RawHeaders:
+    """The headers that travel. What Connection names belongs to the caller's connection (RFC 9110 section 7.6.1)."""
+    kept = [(table[name], value) for name, value in headers if name in table]
+    dropped = named_by_connection(headers)
+    return [header for header in kept if header[0] not in dropped] if dropped else kept
+
+
+def pseudonym(secret: bytes) -> bytes:
+    """What this gateway is called in Via: the same for all that share a secret, and telling nothing else of them."""
+    return b"gw-" + hmac.digest(secret, b"via", "sha256").hex()[:12].encode()
+
+
+class Way:
+    """How a request came: what is told to a backend beside the caller's own headers.
+
+    RFC 9110 section 7.6.3 (Via), RFC 7239 (Forwarded), W3C Trace Context (traceparent, tracestate).
+    """
+
+    __slots__ = ("headers", "trace_id")
+
+    def __init__(self, scope: Mapping[str, Any], name: bytes, called: bytes, span: bytes) -> None:
+        """`called` is the request's id, `span` sixteen random bytes. Raises LoopDetected for one that was here."""
+        via, parent, state = _given(scope["headers"])
+        if any(_passed(hop, name) for hop in via):
+            raise LoopDetected(
+                "the request came through this gateway already: an upstream leads back to it",
+                headers=[(b"x-should-retry", b"false")],
+            )
+        via.append(b"%b %b" % (scope["http_version"].encode(), name))
+        trace, flags = _trace(parent) or (span.hex().encode(), b"00")
+        self.trace_id = trace.decode()
+        self.headers: RawHeaders = [
+            (b"via", b", ".join(via)),
+            (b"forwarded", _forwarded(scope, name)),
+            (b"x-request-id", called),
+            (b"traceparent", b"00-%b-%b-%b" % (trace, span[:8].hex().encode(), flags)),
+        ]
+        if state and parent is not None and trace == parent[3:35]:
+            self.headers.append((b"tracestate", b",".join(state)))
+
+
+def _given(headers: RawHeaders) -> tuple[list[bytes], bytes | None, list[bytes]]:
+    """Via, traceparent and tracestate as they came. Two traceparents are none: nobody knows which one is meant."""
+    found: dict[bytes, list[bytes]] = {b"via": [], b"traceparent": [], b"tracestate": []}
+    for name, value in headers:
+        if name in found:
+            found[name].append(value)
+    parents = found[b"traceparent"]
+    return found[b"via"], parents[0].strip() if len(parents) == 1 else None, found[b"tracestate"]
+
+
+def _passed(via: bytes, name: bytes) -> bool:
+    """Whether a hop of this name is in a Via: `1.1 name (a comment), 1.0 other`."""
+    return any(hop.split(b"(")[0].split()[1:2] == [name] for hop in via.split(b","))
+
+
+# A later version has the first four fields too, and may have more.
+_PARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(?:-.*)?")
+
+
+def _trace(parent: bytes | None) -> tuple[bytes, bytes] | None:
+    found = _PARENT.fullmatch(parent) if parent else None
+    if found is None or (found[0].startswith(b"00") and len(found[0]) != 55):
+        return None
+    return found[1], found[2]
+
+
+def _forwarded(scope: Mapping[str, Any], name: bytes) -> bytes:
+    client = scope.get("client")
+    host = str(client[0]) if client else "unknown"
+    node = f'"[{host}]"' if ":" in host else host
+    return f"for={node};proto={scope['scheme']};by=_{name.decode()}".encode()

@@ -1,0 +1,393 @@
+"""The language of policies/: what may stand in the documents, as types that check and describe themselves.
+
+Strict and closed: an unknown member is a mistake, and "1" is no number. The tables of policies/README.md and the JSON
+Schema for editors are generated from here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from gateway.documents import show
+
+# — scalars: a number and its unit in one word
+
+_DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+_WINDOWS = ("hour", "day", "week", "month")
+
+
+# What the store counts is exact up to 2**53; amounts are far below, in micro-dollars too.
+_MOST, _MOST_USD = 10**12, 10**9
+
+
+def _measure(units: Mapping[str, float], example: str, found: object) -> float:
+    """A measure such as `120s` or `32MiB`, in the base unit."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]+)", found) if isinstance(found, str) else None
+    if match is None or match[2] not in units:
+        raise ValueError(
+            f"{show(found)} is no measure, expected a number with one of {listed(units)}, such as {example}"
+        )
+    return float(match[1]) * units[match[2]]
+
+
+@dataclass(frozen=True, slots=True)
+class Per:
+    """An amount per period: `600/minute`."""
+
+    amount: int
+    period: str
+
+    def __str__(self) -> str:
+        return f"{self.amount}/{self.period}"
+
+
+def _per(periods: Iterable[str], example: str, found: object) -> Per:
+    match = re.fullmatch(r"([0-9][0-9_]*)\s*/\s*([a-z]+)", found) if isinstance(found, str) else None
+    if match is None or match[2] not in periods:
+        raise ValueError(f"{show(found)} has no unit, expected an amount per {listed(periods)}, such as {example}")
+    digits = match[1].replace("_", "")
+    if len(digits) > 15 or not 1 <= int(digits) <= _MOST:
+        raise ValueError(f"{show(found)} is out of range, expected an amount from 1 to {_MOST}")
+    return Per(int(digits), match[2])
+
+
+def listed(words: Iterable[object]) -> str:
+    return ", ".join(map(str, words))
+
+
+def _zone(found: str) -> str:
+    try:
+        ZoneInfo(found)
+    except (ValueError, OSError, KeyError):
+        raise ValueError(f"{show(found)} is no time zone, expected a name such as Europe/Zurich") from None
+    return found
+
+
+def _matching(pattern: str, what: str, found: str) -> str:
+    if re.fullmatch(pattern, found) is None:
+        raise ValueError(f"{show(found)} is {what}")
+    return found
+
+
+def _address(found: str) -> str:
+    """An address that the wire can go to: what looks like an IP address is one, and a port is below 65536."""
+    try:
+        parts = urlsplit(found)
+        host = parts.hostname or ""
+        named = re.fullmatch(r"(?=.*[A-Za-z_-])[A-Za-z0-9._-]+", host) is not None
+        right = (named or ip_address(host)) and parts.port != 0 and re.fullmatch(_URL, found)
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"{show(found)} is no address, expected one such as http://10.0.0.7:8000, without /v1")
+    return found
+
+
+def _percent(found: object) -> float:
+    """A share such as `10%`, as a number from 0 to 1."""
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*%", found) if isinstance(found, str) else None
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f"{show(found)} is no share, expected one from 0% to 100%")
+    return float(match[1]) / 100
+
+
+def _form(pattern: str, *examples: str) -> WithJsonSchema:
+    """What an editor is told of a text."""
+    return WithJsonSchema({"type": "string", "pattern": f"^{pattern}$", **({"examples": examples} if examples else {})})
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_MODEL = r"[^\s|{}]{1,200}"
+_URL = r"https?://[^/?#@\s]+(/[^?#\s]*)?"
+_PATH = r"/[A-Za-z0-9/._~-]{0,200}"
+# What a caller may not send on in any case: credentials, framing, and what the gateway says itself.
+_HEADER = (
+    r"(?!(?:authorization|connection|content-.*|cookie|expect|forwarded|host|keep-alive|proxy-.*|te|trailer"
+    r"|transfer-encoding|upgrade|via|x-api-key|x-forwarded-.*|x-real-ip|x-request-id|x-stainless-.*)$)[a-z0-9-]{1,64}"
+)
+_NUMBER = r"[0-9]{1,15}(\.[0-9]{1,15})?\s*"
+_AMOUNT = r"[0-9][0-9_]*\s*/\s*"
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(partial(_measure, _DURATIONS, "120s")),
+    _form(f"{_NUMBER}({'|'.join(_DURATIONS)})", "120s", "500ms", "1h"),
+]
+Bytes = Annotated[
+    int,
+    BeforeValidator(lambda found: int(_measure(_SIZES, "32MiB", found))),
+    _form(f"{_NUMBER}({'|'.join(_SIZES)})", "32MiB"),
+]
+Rate = Annotated[
+    Per,
+    BeforeValidator(partial(_per, PERIODS, "600/minute")),
+    _form(f"{_AMOUNT}({'|'.join(PERIODS)})", "600/minute"),
+]
+Quota = Annotated[
+    Per,
+    BeforeValidator(partial(_per, _WINDOWS, "50000000/month")),
+    _form(f"{_AMOUNT}({'|'.join(_WINDOWS)})", "50000000/month"),
+]
+Zone = Annotated[str, AfterValidator(_zone), WithJsonSchema({"type": "string", "examples": ["UTC", "Europe/Zurich"]})]
+# Names become parts of Valkey keys and of log lines: no separator, no brace, no blank.
+Name = Annotated[
+    str,
+    AfterValidator(partial(_matching, _NAME, "no name, expected letters, digits, dot, dash or underscore, at most 64")),
+    _form(_NAME),
+]
+ModelName = Annotated[
+    str,
+    AfterValidator(partial(_matching, _MODEL, "no model's name, expected at most 200 characters, no blank, no | { }")),
+    _form(_MODEL),
+]
+Url = Annotated[str, AfterValidator(_address), _form(_URL, "http://10.0.0.7:8000")]
+Percent = Annotated[float, BeforeValidator(_percent), _form(r"[0-9]{1,3}(\.[0-9]{1,3})?%", "10%")]
+UrlPath = Annotated[
+    str,
+    AfterValidator(partial(_matching, _PATH, "no path, expected one such as /health")),
+    _form(_PATH, "/health"),
+]
+HeaderName = Annotated[
+    str,
+    AfterValidator(partial(_matching, _HEADER, "no header's name in lower case that may travel, such as x-experiment")),
+    _form(_HEADER, "x-experiment"),
+]
+Dollars = Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)]
+
+Count = Literal["requests", "input_tokens", "output_tokens", "total_tokens", "usd", "concurrent_requests"]
+Scope = Literal["organisation", "team", "key", "user", "model"]
+Cause = Literal["connect", "reset", 429, 500, 502, 503, 504]
+Effort = Literal["none", "low", "medium", "high", "integer", "boolean"]
+History = Literal["disabled", "interleaved", "preserved"]
+
+
+class _Document(BaseModel):
+    """Closed, strict and frozen: an unknown member is a mistake, "1" is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+class GatewayPolicy(_Document):
+    """What holds for every request."""
+
+    strictness: Literal["strict", "lenient"] = Field(
+        "strict",
+        alias="schema",
+        description="strict: a member that the contract does not know is refused; lenient: it passes",
+    )
+    max_body: Bytes = Field(32 * 1024**2, description="largest request body")
+    reserve: Literal["max", "input"] = Field(
+        "max",
+        description="what token limits hold for the output until it is known: max: all that the request may produce; "
+        "input: nothing, the limit may be overshot by what is in flight",
+    )
+    time_zone: Zone = Field("UTC", description="of calendar quotas; a limit may name its own")
+
+
+class Price(_Document):
+    """US dollars per million tokens."""
+
+    input: Dollars = Field(0.0, description="of the prompt")
+    cached_input: Dollars | None = Field(None, description="of what a backend had of it already; left out: as input")
+    output: Dollars = Field(0.0, description="of the answer")
+
+
+class Timeouts(_Document):
+    """How long an upstream may take. A model's own ones stand before its pool's, one by one."""
+
+    connect: Seconds = Field(2.0, gt=0, description="until it accepts a connection")
+    first_byte: Seconds = Field(120.0, gt=0, description="from the request to the head of the answer")
+    idle: Seconds = Field(60.0, gt=0, description="between two pieces of an answer")
+    total: Seconds = Field(3600.0, gt=0, description="for the whole answer")
+
+
+class ModelPolicy(_Document):
+    """One public model name."""
+
+    aliases: tuple[ModelName, ...] = Field((), strict=False, description="other names that callers may use")
+    family: str | None = Field(None, description="rules of reasoning_effort and reasoning_history, see families.yaml")
+    pool: str = Field(description="where requests for it go, see pools.yaml")
+    upstream_model: str | None = Field(None, description="the name the backend knows it by; left out: the same")
+    fallback: ModelName | None = Field(
+        None, description="model that answers when the pool is down or full; limits and prices stay those of this one"
+    )
+    timeouts: Timeouts | None = Field(None, description="those that differ from the pool's")
+    max_output_tokens: int = Field(8192, ge=1, le=10**7, description="the bound where a request names none")
+    price: Price = Field(Price(), description="what usage costs, for limits in usd and for the ledger")
+
+
+class FamilyPolicy(_Document):
+    """What a model family accepts; a rule left out lets everything pass."""
+
+    reasoning_effort: tuple[Effort, ...] | None = Field(
+        None, strict=False, description="the words that it takes; integer: a cap in tokens; boolean: true and false"
+    )
+    reasoning_history: tuple[History, ...] | None = Field(None, strict=False, description="the words that it takes")
+
+
+class UpstreamPolicy(_Document):
+    """One backend."""
+
+    url: Url = Field(description="its base, without /v1")
+    key_env: str | None = Field(None, description="the environment variable that holds the credential it asks for")
+    weight: int = Field(1, ge=1, le=1000, description="its share of the requests, beside the others' weights")
+    max_in_flight: int = Field(256, ge=1, description="requests at once")
+    drain: bool = Field(False, description="true: it gets no new request, and ends those that it has")
+
+
+class RetryPolicy(_Document):
+    """When a request is sent once more, to another upstream, while nothing was answered."""
+
+    attempts: int = Field(2, ge=1, le=10, description="upstreams of the pool that one request may be sent to")
+    budget: Percent = Field(
+        0.1,
+        description="so many of the requests of the last 10 s may be sent again, and one a second always; connections "
+        "that could not be made do not count",
+    )
+    on: tuple[Cause, ...] = Field(
+        ("connect", "reset", 502, 503, 504),
+        strict=False,
+        description="connect: no connection could be made; reset: it ended before an answer came; or the status",
+    )
+
+
+class HealthPolicy(_Document):
+    """When an upstream is left alone, and for how long. What is the caller's fault never counts."""
+
+    connect_failures: int = Field(3, ge=1, description="connections in a row that could not be made")
+    failures: int = Field(5, ge=1, description="requests in a row that failed: 5xx, reset, timeout, no HTTP")
+    error_rate: Percent = Field(0.5, gt=0, description="failures among at least 20 requests of the window")
+    window: Seconds = Field(10.0, gt=0, description="time over which the rate is taken")
+    eject: Seconds = Field(5.0, ge=1, description="longest time until it is tried again; it begins with 1s and doubles")
+    probe: UrlPath | None = Field(None, description="path that is asked regularly, 2xx is well; left out: none is")
+    every: Seconds = Field(5.0, ge=0.1, description="between two probes, ± 20 %")
+    probe_timeout: Seconds = Field(2.0, gt=0, description="for the answer to a probe; two that fail in a row count")
+
+
+class TlsPolicy(_Document):
+    """How https upstreams are trusted, and how the gateway shows who it is. Files are PEM."""
+
+    ca: str | None = Field(None, description="file of the certificates that are trusted; left out: the system's")
+    certificate: str | None = Field(None, description="file of the gateway's own certificate, and of those above it")
+    key: str | None = Field(None, description="file of its key; left out: it stands with the certificate")
+    server_name: str | None = Field(None, description="the name that certificates must have; left out: the url's host")
+
+    @model_validator(mode="after")
+    def _key_of_something(self) -> Self:
+        if self.key is not None and self.certificate is None:
+            raise ValueError("has a key without a certificate, expected one with certificate only")
+        return self
+
+
+class PoolPolicy(_Document):
+    """Backends that can stand in for one another."""
+
+    api: Literal["fireworks", "openai"] = Field(
+        "fireworks", description="what these backends understand; it decides which aliases are rewritten"
+    )
+    usage: Literal["native", "inject", "continuous"] = Field(
+        "native",
+        description="native: streams report usage by themselves; inject: ask with stream_options, and take out the "
+        "event that the caller did not ask for; continuous: the same, and usage in every event (vLLM, SGLang), so that "
+        "a stream that is cut is billed by the backend's count",
+    )
+    balance: Literal["least_busy", "affinity", "round_robin"] = Field(
+        "least_busy",
+        description="least_busy: the less busy of two drawn at random; affinity: the same one for the same "
+        "x-session-affinity, prompt_cache_key, user or beginning of the prompt; round_robin: in turn",
+    )
+    transport: Literal["wire", "httpx"] = Field(
+        "wire", description="wire: the gateway's own HTTP/1.1; httpx: for HTTP/2 over TLS, slower"
+    )
+    timeouts: Timeouts = Field(Timeouts.model_construct(), description="how long an upstream may take")
+    retries: RetryPolicy = Field(RetryPolicy.model_construct(), description="when a request is sent once more")
+    health: HealthPolicy = Field(HealthPolicy.model_construct(), description="when an upstream is left alone")
+    slow_start: Seconds = Field(10.0, ge=0, description="in which an upstream that returns gets back to its share")
+    comments: Seconds | None = Field(
+        None,
+        ge=1,
+        description="while a stream has not begun, a comment each time (for proxies that cut silent connections); the "
+        "status is then 200 whatever follows; left out: none",
+    )
+    fallback: str | None = Field(None, description="pool that is asked when this one is down or full")
+    forward_headers: tuple[HeaderName, ...] = Field(
+        (), strict=False, description="headers of the caller that travel on beside the usual ones"
+    )
+    tls: TlsPolicy | None = Field(None, description="for https upstreams; left out: what the system trusts")
+    upstreams: tuple[UpstreamPolicy, ...] = Field(strict=False, min_length=1, description="the backends")
+
+
+class LimitPolicy(_Document):
+    """One limit: a `rate` (with its `burst`), a calendar `quota`, or seats (`at_most`)."""
+
+    name: Name = Field(description="what callers are told when it binds; counts go by it")
+    count: Count = Field(description="what is counted")
+    rate: Rate | None = Field(None, description="so much per second, minute, hour or day, refilled steadily")
+    burst: int | None = Field(None, ge=1, le=_MOST, description="how much of it may come at once; left out: all of it")
+    quota: Quota | None = Field(None, description="so much per calendar hour, day, week or month")
+    time_zone: Zone | None = Field(None, description="of a quota's calendar; left out: the gateway's")
+    at_most: int | None = Field(None, ge=1, le=_MOST, description="so many at the same time")
+    per: tuple[Scope, ...] = Field(
+        strict=False, min_length=1, description="each combination of these has its own count"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = [kind for kind in ("rate", "quota", "at_most") if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"has {listed(kinds) or 'no amount'}, expected exactly one of rate, quota, at_most")
+        if (self.count == "concurrent_requests") != (self.at_most is not None):
+            raise ValueError(
+                f"counts {self.count} with {kinds[0]}, expected at_most for concurrent_requests and only there"
+            )
+        if self.burst is not None and self.rate is None:
+            raise ValueError("has a burst without a rate, expected one with rate only")
+        if self.time_zone is not None and self.quota is None:
+            raise ValueError("has a time_zone without a quota, expected one with quota only")
+        if self.count == "usd" and max(p.amount for p in (self.rate, self.quota) if p is not None) > _MOST_USD:
+            raise ValueError(f"counts more than {_MOST_USD} dollars, expected at most so many")
+        return self
+
+
+class PlanPolicy(_Document):
+    """Limits that hold together."""
+
+    limits: tuple[LimitPolicy, ...] = Field((), strict=False, description="a request takes all of them or none")
+
+
+class TeamPolicy(_Document):
+    """A team: who pays, and what it may do."""
+
+    organisation: Name = Field(description="who pays; its counts live on one slot of a cluster")
+    plan: str = Field(description="its limits, see plans.yaml")
+    models: tuple[str, ...] = Field(("*",), strict=False, description="patterns of the models that it may use")
+
+
+class Documents(_Document):
+    """All sections of a policy directory."""
+
+    gateway: GatewayPolicy = Field(GatewayPolicy.model_construct(), description="what holds for every request")
+    models: dict[ModelName, ModelPolicy] = Field({}, description="the public model names")
+    families: dict[Name, FamilyPolicy] = Field({}, description="what each model family accepts")
+    pools: dict[Name, PoolPolicy] = Field({}, description="where requests go")
+    plans: dict[Name, PlanPolicy] = Field({}, description="limits, by plan")
+    teams: dict[Name, TeamPolicy] = Field({}, description="who calls")

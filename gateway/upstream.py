@@ -1,0 +1,321 @@
+"""One backend: what it is sent, what it answers, and how it fares."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from random import uniform
+from typing import cast
+
+import httpx
+import structlog
+
+from gateway.asgi import END, Message, RawHeaders, end_to_end
+from gateway.errors import GatewayError, UpstreamFailed
+from gateway.health import Health, Outcome, Turn
+from gateway.hops import Travelling, carried, travelling
+from gateway.language import Cause, PoolPolicy, Timeouts, UpstreamPolicy
+from gateway.normalize import InferenceRequest
+from gateway.sse import UsageFilter, at_boundary, error_event
+from gateway.usage import Tail
+from gateway.wire import Stream
+
+_log = structlog.get_logger("gateway.upstreams")
+
+# SDKs stop reading at `data: [DONE]`: to them that event is the last byte, so it is held back with the end that follows
+# it. Backends write that end an instant later; where it does not come so soon (seconds), the event goes on its way.
+_DONE, _AFTER_DONE = 16, 1.0
+
+# What a backend says to whom it knows, of itself, or of limits that are not the caller's: the gateway tells its own.
+_KEPT_BACK = frozenset(
+    (
+        b"alt-svc",
+        b"location",
+        b"server",
+        b"set-cookie",
+        b"strict-transport-security",
+        b"www-authenticate",
+        b"x-powered-by",
+    )
+)
+_KEPT_BACK_TOO = (b"ratelimit", b"x-ratelimit-", b"x-gateway-")
+
+# What a failure is to those who decide whether to ask once more. What timed out has left no time for that.
+_CAUSES: dict[str | None, Cause] = {
+    "upstream_connect_failed": "connect",
+    "upstream_connect_timeout": "connect",
+    "upstream_disconnected": "reset",
+    "upstream_protocol_error": "reset",
+}
+
+
+def cause_of(failure: UpstreamFailed) -> Cause | None:
+    return _CAUSES.get(failure.code)
+
+
+class Upstream:
+    """A backend of one pool. It outlives a reload of the policies that leaves its address alone."""
+
+    def __init__(
+        self, policy: PoolPolicy, own: UpstreamPolicy, transport: httpx.AsyncBaseTransport, key: str | None
+    ) -> None:
+        base = httpx.URL(own.url)
+        self.name = base.netloc.decode()
+        self.transport = transport
+        self.in_flight = 0
+        self.drained = False  # by command; the policy has a word in it, too
+        self.health = Health(policy.health, policy.slow_start)
+        self._retired = False
+        self._base = base
+        self._urls: dict[str, httpx.URL] = {}
+        self._head: RawHeaders = [
+            (b"host", base.netloc),
+            (b"content-type", b"application/json"),
+            (b"accept-encoding", b"identity"),  # the tail is read; what a backend encodes all the same passes as it is
+        ]
+        if key:
+            self._head.append((b"authorization", f"Bearer {key}".encode()))
+        self._probes: asyncio.Task[None] | None = None
+
+    def join(self, pool: str, policy: PoolPolicy, own: UpstreamPolicy, may_eject: Callable[[], bool]) -> None:
+        """Go by these rules from now on. `may_eject` says whether the pool can spare it."""
+        self._pool = pool
+        self._policy = own
+        self._may_eject = may_eject
+        self._health_policy = policy.health
+        self._table: Travelling = travelling(policy.forward_headers)
+        self.health.adopt(policy.health, policy.slow_start)
+
+    def __repr__(self) -> str:
+        out = ", out" if self.health.out else ""
+        return f"<Upstream {self.name}, {self.in_flight} of {self._policy.max_in_flight} in flight{out}>"
+
+    def free(self, now: float) -> bool:
+        """Whether a request may go there now."""
+        return self.in_flight < self._policy.max_in_flight and not self._drains and self.health.asked(now)
+
+    def weight(self, now: float) -> float:
+        return self._policy.weight * self.health.share(now)
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until it may be free again, as far as one can know; None: it will not be."""
+        return None if self._drains else self.health.wait(now)
+
+    @property
+    def _drains(self) -> bool:
+        return self.drained or self._policy.drain
+
+    # — an exchange
+
+    async def ask(self, request: InferenceRequest, headers: RawHeaders, way: RawHeaders, since: float) -> Answer:
+        """Its answer, to be left with `Answer.leave`. Raises UpstreamFailed, with nothing left to be given back.
+
+        `since` is when the caller's request came here first, in the loop's time: first byte and total count from there.
+        """
+        self.in_flight += 1
+        self.health.begin()
+        try:
+            response = await self.transport.handle_async_request(
+                self._request(request, [*carried(headers, self._table), *way], since)
+            )
+        except UpstreamFailed as failed:
+            self.report("unreachable" if cause_of(failed) == "connect" else "failed")
+            await self.leave()
+            raise
+        except BaseException:
+            self.health.abandoned(asyncio.get_running_loop().time())
+            await self.leave()
+            raise
+        answer = Answer(response, self, request)
+        self._consider(answer)
+        if refusal := _refusal(answer.status):
+            await answer.leave()
+            raise refusal
+        return answer
+
+    def _request(self, request: InferenceRequest, headers: RawHeaders, since: float) -> httpx.Request:
+        """The request as this upstream gets it: built here, from its own host and credential to the framing."""
+        url = self._urls.get(request.path)
+        if url is None:
+            url = self._urls[request.path] = self._base.copy_with(path=self._base.path.rstrip("/") + request.path)
+        head = [*self._head, (b"content-length", b"%d" % len(request.body)), *headers]
+        extensions = {"body": request.body, "timeouts": request.model.timeouts, "since": since}
+        return httpx.Request("POST", url, headers=head, stream=_BODY, extensions=extensions)
+
+    def _consider(self, answer: Answer) -> None:
+        """What a status tells of the upstream. What is the caller's fault tells nothing but that it answers."""
+        rest = _retry_after(answer.headers) if answer.status in (429, 503) else None
+        if rest is not None:
+            self.health.rest(asyncio.get_running_loop().time(), rest)
+        self.report("failed" if answer.status >= 500 and rest is None else "answered")
+
+    def report(self, outcome: Outcome) -> None:
+        self._tell(self.health.report(asyncio.get_running_loop().time(), outcome, self._may_eject), outcome)
+
+    async def leave(self) -> None:
+        self.in_flight -= 1
+        if self._retired and self.in_flight == 0:
+            await self.transport.aclose()
+
+    # — its life
+
+    def watch(self) -> None:
+        """Begin to probe it, where its pool says so."""
+        if self._health_policy.probe and self._probes is None:
+            self._probes = asyncio.ensure_future(self._probe_for_ever())
+
+    async def _probe_for_ever(self) -> None:
+        while (path := self._health_policy.probe) is not None:
+            await asyncio.sleep(self._health_policy.every * uniform(0.8, 1.2))
+            well = await self._probe(path, self._health_policy.probe_timeout)
+            turn = self.health.probed(asyncio.get_running_loop().time(), well, self._may_eject)
+            self._tell(turn, "probe")
+        self._probes = None
+
+    async def _probe(self, path: str, patience: float) -> bool:
+        timeouts = Timeouts.model_construct(connect=patience, first_byte=patience, idle=patience, total=patience)
+        url = self._base.copy_with(path=path)
+        extensions = {"body": b"", "timeouts": timeouts}
+        request = httpx.Request("GET", url, headers=self._head, stream=_BODY, extensions=extensions)
+        try:
+            response = await self.transport.handle_async_request(request)
+            with suppress(UpstreamFailed):  # a page that is cut was sent by somebody
+                async for _ in cast(Stream, response.stream):
+                    pass
+            await cast(Stream, response.stream).aclose()
+        except UpstreamFailed:
+            return False
+        return 200 <= response.status_code < 300
+
+    def _tell(self, turn: Turn | None, reason: str) -> None:
+        if turn is not None:
+            _log.warning(f"upstream_{turn}", pool=self._pool, upstream=self.name, reason=reason)
+
+    async def retire(self) -> None:
+        """Close the connections as soon as nobody uses them."""
+        self._retired = True
+        if self._probes is not None:
+            self._probes.cancel()
+        if self.in_flight == 0:
+            await self.transport.aclose()
+
+
+# The wire takes the body from the extensions; httpx wants a stream all the same.
+_BODY = httpx.ByteStream(b"")
+
+
+def _refusal(status: int) -> UpstreamFailed | None:
+    """An answer that is meant for the gateway: it would tell a caller of a credential or an address that is not his."""
+    if status in (401, 407):
+        return UpstreamFailed("the upstream does not take the gateway's credential", code="upstream_unauthorized")
+    if 300 <= status < 400:
+        return UpstreamFailed(
+            "the upstream sent the request elsewhere, which is not followed", code="upstream_redirected"
+        )
+    return None
+
+
+class Answer:
+    """An open response: status, headers, and the body as it comes, of which the last piece is `end`."""
+
+    __slots__ = (
+        "_filter",
+        "_stream",
+        "answered",
+        "attempts",
+        "end",
+        "headers",
+        "is_stream",
+        "model",
+        "status",
+        "tail",
+        "upstream",
+    )
+
+    def __init__(self, response: httpx.Response, upstream: Upstream, request: InferenceRequest) -> None:
+        self.status = response.status_code
+        self.headers = [
+            h for h in end_to_end(response.headers.raw, _KEPT_BACK) if not h[0][:12].lower().startswith(_KEPT_BACK_TOO)
+        ]
+        self.upstream = upstream
+        self.model = request.model  # which answers: the one that was asked, or one that stands in for it
+        self.attempts = 1
+        self.answered = time.monotonic()
+        self.tail = Tail()
+        content_type = _value(self.headers, b"content-type").lower()
+        # Of an encoded stream nobody here reads events.
+        self.is_stream = content_type.startswith(b"text/event-stream") and not _value(self.headers, b"content-encoding")
+        self.end: Message = END
+        self._stream = cast(Stream, response.stream)
+        self._filter = UsageFilter() if request.injected and self.is_stream else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is here already, as a short JSON answer is; then there is no piece but the last."""
+        return self._stream.received
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece, but for the last one: that is sent when the usage is settled."""
+        return self._pieces() if self._filter is None else self._filtered(self._filter)
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        stream, tail = self._stream, self.tail
+        try:
+            async for chunk in stream:
+                tail.add(chunk)
+                if stream.complete or (b"[DONE]" in chunk[-_DONE:] and await self._ends_soon()):
+                    self.end = _last(chunk)
+                    return
+                yield chunk
+        except UpstreamFailed:
+            self.upstream.report("failed")
+            raise
+
+    async def _ends_soon(self) -> bool:
+        """Whether the end follows a piece that looks like the last one. If a failure does, that piece goes first."""
+        try:
+            return await self._stream.ends(_AFTER_DONE)
+        except UpstreamFailed:
+            return False  # whoever reads on is told
+
+    async def _filtered(self, usage: UsageFilter) -> AsyncIterator[bytes]:
+        async for chunk in self._pieces():
+            if passed := usage.feed(chunk):
+                yield passed
+        self.end = _last(usage.feed(self.end["body"]) + usage.flush())
+
+    def failure(self, endpoint: str, error: GatewayError) -> bytes | None:
+        """What tells the reader of a stream that it failed midway; None where no event may follow what he has."""
+        sent = self.tail.bytes()
+        if self._filter is not None and (held := self._filter.flush()):
+            sent = sent[: -len(held)]
+        if not self.is_stream or not at_boundary(sent) or b"[DONE]" in sent[-_DONE:]:
+            return None
+        return error_event(sent, endpoint, error)
+
+    async def leave(self) -> None:
+        """Give the connection back, or end it at once where the answer has not ended."""
+        await self._stream.aclose()
+        await self.upstream.leave()
+
+
+def _last(piece: bytes) -> Message:
+    return {"type": "http.response.body", "body": piece, "more_body": False}
+
+
+def _value(headers: RawHeaders, name: bytes) -> bytes:
+    return next((value for key, value in headers if key.lower() == name), b"")
+
+
+def _retry_after(headers: RawHeaders) -> float | None:
+    """Seconds to wait (RFC 9110 section 10.2.3), or None where an answer does not say so."""
+    told = _value(headers, b"retry-after").decode("latin-1").strip()
+    if told.isdecimal():
+        return float(told[:9])
+    try:
+        return parsedate_to_datetime(told).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,131 @@
+"""What travels, what is said of the way, and what came in a circle."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.errors import LoopDetected
+from gateway.hops import Way, carried, pseudonym, travelling
+
+NAME = b"gw-0123456789ab"
+SPAN = bytes(range(16))
+TRACE, PARENT = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"
+
+
+def way(*headers: tuple[bytes, bytes], **scope: Any) -> dict[bytes, bytes]:
+    whole = {"http_version": "1.1", "scheme": "http", "client": ("10.1.2.3", 5), "headers": list(headers), **scope}
+    return dict(Way(whole, NAME, b"r1", SPAN).headers)
+
+
+# — what travels
+
+
+def test_headers_travel_by_a_table_and_a_pool_adds_to_it() -> None:
+    given = [(b"accept", b"a"), (b"x-mine", b"1"), (b"cookie", b"c"), (b"accept", b"b")]
+    assert carried(given, travelling()) == [(b"accept", b"a"), (b"accept", b"b")]
+    assert carried(given, travelling(["x-mine"])) == [(b"accept", b"a"), (b"x-mine", b"1"), (b"accept", b"b")]
+
+
+def test_what_connection_names_stays() -> None:
+    given = [(b"connection", b"close, X-Session-Affinity"), (b"x-session-affinity", b"1"), (b"accept", b"a")]
+    assert carried(given, travelling()) == [(b"accept", b"a")]
+
+
+@given(st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=20))))
+def test_no_name_is_ever_the_callers(headers: list[tuple[bytes, bytes]]) -> None:
+    table = travelling()
+    assert {name for name, _ in carried(headers, table)} <= set(table.values())
+
+
+# — Via, and circles
+
+
+def test_via_is_added_to() -> None:
+    assert way()[b"via"] == b"1.1 " + NAME
+    assert way((b"via", b"1.0 fred"), (b"via", b"1.1 p.example"))[b"via"] == b"1.0 fred, 1.1 p.example, 1.1 " + NAME
+    assert way(http_version="1.0")[b"via"] == b"1.0 " + NAME
+
+
+@pytest.mark.parametrize(
+    "via", [b"1.1 " + NAME, b"1.0 fred, 1.1 " + NAME + b" (a comment), 1.1 x", b"HTTP/1.1\t" + NAME]
+)
+def test_what_was_here_before_is_refused(via: bytes) -> None:
+    with pytest.raises(LoopDetected) as found:
+        way((b"via", via))
+    assert found.value.status == 508
+    assert (b"x-should-retry", b"false") in found.value.headers()
+
+
+@pytest.mark.parametrize(
+    "via", [b"1.1 gw-other", NAME, b"1.1 x" + NAME, b"1.1 fred (" + NAME + b")", b"", b", ,", b"1.1"]
+)
+def test_another_gateway_is_no_circle(via: bytes) -> None:
+    assert way((b"via", via))[b"via"].endswith(b"1.1 " + NAME)
+
+
+def test_the_name_is_the_same_for_one_secret_and_tells_nothing_of_it() -> None:
+    assert pseudonym(b"a") == pseudonym(b"a") != pseudonym(b"b")
+    assert re.fullmatch(rb"gw-[0-9a-f]{12}", pseudonym(b"a"))
+
+
+# — Forwarded
+
+
+@pytest.mark.parametrize(
+    ("client", "expected"),
+    [
+        (("10.1.2.3", 5), b"for=10.1.2.3;proto=http;by=_" + NAME),
+        (("2001:db8::1", 5), b'for="[2001:db8::1]";proto=http;by=_' + NAME),
+        (None, b"for=unknown;proto=http;by=_" + NAME),
+    ],
+)
+def test_the_caller_is_told_as_he_was_seen(client: object, expected: bytes) -> None:
+    assert way((b"forwarded", b"for=evil"), client=client)[b"forwarded"] == expected
+
+
+# — traces
+
+
+def test_a_trace_goes_on_with_a_span_of_our_own() -> None:
+    found = way((b"traceparent", b"00-%b-%b-01" % (TRACE, PARENT)), (b"tracestate", b"a=1"), (b"tracestate", b"b=2"))
+    assert found[b"traceparent"] == b"00-%b-0001020304050607-01" % TRACE
+    assert found[b"tracestate"] == b"a=1,b=2"
+
+
+def test_a_later_version_is_read_by_its_first_fields() -> None:
+    assert way((b"traceparent", b"01-%b-%b-01-more" % (TRACE, PARENT)))[b"traceparent"].split(b"-")[1] == TRACE
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        b"",
+        b"00-%b-%b-01-more" % (TRACE, PARENT),
+        b"ff-%b-%b-01" % (TRACE, PARENT),
+        b"00-%b-%b-01" % (b"0" * 32, PARENT),
+        b"00-%b-%b-01" % (TRACE, b"0" * 16),
+        b"00-%b-%b-01" % (TRACE.upper(), PARENT),
+        b"00-%b-%b" % (TRACE, PARENT),
+    ],
+)
+def test_what_is_no_trace_begins_a_new_one_without_its_state(parent: bytes) -> None:
+    found = way((b"traceparent", parent), (b"tracestate", b"a=1"))
+    assert found[b"traceparent"] == b"00-%b-0001020304050607-00" % SPAN.hex().encode()
+    assert b"tracestate" not in found
+
+
+def test_two_parents_are_none() -> None:
+    parent = (b"traceparent", b"00-%b-%b-01" % (TRACE, PARENT))
+    assert way(parent, parent)[b"traceparent"].split(b"-")[1] == SPAN.hex().encode()
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"via", b"traceparent", b"tracestate"]), st.binary(max_size=80))))
+def test_whatever_came_there_is_a_way(headers: list[tuple[bytes, bytes]]) -> None:
+    found = way(*headers)
+    assert re.fullmatch(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", found[b"traceparent"])
+    assert found[b"via"].endswith(b"1.1 " + NAME)
