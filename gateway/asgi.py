@@ -24,6 +24,10 @@ class Cut(Exception):
     """The line is to be cut: something failed after the status line, and a cut answer must not look complete."""
 
 
+# Where a scope has it, a function that writes a piece of the body at once, in whoever's turn: `pour(piece) -> bool`. It
+# says False, and has done nothing, where the piece has to be sent: the caller must be waited for, or has left.
+POUR = "gateway.pour"
+
 END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
 
 # RFC 9110 section 7.6.1, and what practice adds to it.

@@ -27,7 +27,7 @@ import httpx
 
 from gateway.errors import UpstreamFailed
 from gateway.language import Timeouts
-from gateway.wire import AT_ONCE, FIELDS, HEAD, IDLE, failure_of, head_of, timeouts_of, trusting
+from gateway.wire import AT_ONCE, FIELDS, HEAD, IDLE, Pour, failure_of, head_of, timeouts_of, trusting
 
 _HTTP2 = find_spec("h2") is not None  # an extra: without it there is HTTP/1.1
 _END = 0.1  # seconds that the end of an answer may come after its last byte, for its connection to be kept
@@ -263,6 +263,9 @@ class Body(httpx.AsyncByteStream):
         if not self.received:
             await self._look(within)
         return self.received
+
+    def pour(self, into: Pour) -> None:
+        """Nothing is: what comes through httpx comes in a task."""
 
     async def _look(self, within: float) -> bool:
         """Whether it is known within so many seconds what comes next."""

@@ -9,7 +9,19 @@ from collections.abc import Callable
 from types import TracebackType
 
 from gateway.admission import Admission
-from gateway.asgi import Cut, Message, RawHeaders, Receive, Scope, Send, header, read_body, refuse, until_hang_up
+from gateway.asgi import (
+    POUR,
+    Cut,
+    Message,
+    RawHeaders,
+    Receive,
+    Scope,
+    Send,
+    header,
+    read_body,
+    refuse,
+    until_hang_up,
+)
 from gateway.errors import ClientGone, GatewayError, InternalError, UpstreamFailed, VersionNotSupported
 from gateway.exchange import Exchange
 from gateway.hops import Way
@@ -77,13 +89,13 @@ class Proxy:
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
             opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
             async with until_hang_up(receive), commented(opening, x, send) as x.answer:  # 502-4
-                held = await relay(x, send)  # all but the last piece
+                held = await relay(x, scope, send)  # all but the last piece
         x.started = True
         for message in held:  # after settling
             await send(message)
 
 
-async def relay(x: Exchange, send: Send) -> list[Message]:
+async def relay(x: Exchange, scope: Scope, send: Send) -> list[Message]:
     """Send the answer as it comes, chunk by chunk. Returns what is held back until its usage is settled: the last
     piece, and of an answer that has come whole everything, so that it leaves in one write."""
     answer, lease = x.answer, x.lease
@@ -98,6 +110,8 @@ async def relay(x: Exchange, send: Send) -> list[Message]:
     if not answer.is_whole and not x.started:
         x.started = True
         await send(start)
+    if x.started and (pour := scope.get(POUR)) is not None:
+        answer.pour(pour)
     async for chunk in answer:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
     return [answer.end] if x.started else [start, answer.end]

@@ -33,7 +33,7 @@ import uvicorn
 from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from gateway.asgi import refuse
+from gateway.asgi import POUR, refuse
 from gateway.errors import (
     ExpectationFailed,
     GatewayError,
@@ -110,8 +110,9 @@ class Protocol(HttpToolsProtocol):
     # — what asyncio tells
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        gathered = _Gathered(cast(asyncio.Transport, transport), self.loop, self)
-        super().connection_made(cast(asyncio.Transport, gathered))
+        self._raw = cast(asyncio.Transport, transport)
+        self._gathered = _Gathered(self._raw, self.loop, self)
+        super().connection_made(cast(asyncio.Transport, self._gathered))
         self._since = self.loop.time()
         self._late = self.loop.call_later(self.patience.head, self._look)
 
@@ -166,6 +167,7 @@ class Protocol(HttpToolsProtocol):
         self._check_head()
         super().on_headers_complete()
         self.cycle.__class__ = _Cycle
+        self.scope[POUR] = self.pour  # type: ignore[literal-required]
         # An answer that begins before its request is here ends the connection: what is left of the body is not read.
         self._keeps, self.cycle.keep_alive = self.cycle.keep_alive, False
         self._coming, self._since, self._received = "body", 0.0, inf
@@ -204,6 +206,15 @@ class Protocol(HttpToolsProtocol):
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise InvalidHTTP("the request has no Host, or more than one")
         self.expect_100_continue = b"expect" in names and version == "1.1"  # RFC 9110 section 10.1.1
+
+    def pour(self, piece: bytes) -> bool:
+        """A piece of a chunked body that has begun, written at once; see asgi.POUR."""
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding or self.transport.is_closing():
+            return False
+        transport = self._gathered if self._gathered.head is not None else self._raw
+        transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
 
     # — refusals
 
@@ -342,18 +353,18 @@ class _Gathered:
         self._transport = transport
         self._loop = loop
         self._protocol = protocol
-        self._head: bytes | None = None
+        self.head: bytes | None = None
         self._lingers = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
-        if self._head is not None:
-            head, self._head = self._head, None
+        if self.head is not None:
+            head, self.head = self.head, None
             self._transport.write(head + data)
         elif data.startswith(b"HTTP/1.1 "):
-            self._head = data
+            self.head = data
             self._loop.call_soon(self._flush)
         else:
             self._transport.write(data)
@@ -380,7 +391,7 @@ class _Gathered:
             self._protocol.watch_writes()
 
     def abort(self) -> None:
-        self._head = None
+        self.head = None
         self._transport.abort()
 
     def resume_reading(self) -> None:
@@ -388,6 +399,6 @@ class _Gathered:
         self._protocol.read_again()
 
     def _flush(self) -> None:
-        head, self._head = self._head, None
+        head, self.head = self.head, None
         if head is not None and not self._transport.is_closing():  # uvloop refuses to write to what is closed
             self._transport.write(head)

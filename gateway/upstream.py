@@ -21,7 +21,7 @@ from gateway.language import Cause, PoolPolicy, Timeouts, UpstreamPolicy
 from gateway.normalize import InferenceRequest
 from gateway.sse import UsageFilter, at_boundary, error_event
 from gateway.usage import Tail
-from gateway.wire import Stream
+from gateway.wire import Pour, Stream
 
 _log = structlog.get_logger("gateway.upstreams")
 
@@ -260,6 +260,19 @@ class Answer:
     def __aiter__(self) -> AsyncIterator[bytes]:
         """The body, piece by piece, but for the last one: that is sent when the usage is settled."""
         return self._pieces() if self._filter is None else self._filtered(self._filter)
+
+    def pour(self, into: Pour) -> None:
+        """Let pieces go there as they come, as long as they are taken; iterating gives the others, and waits."""
+        if self._filter is None:
+            tail = self.tail
+
+            def take(piece: bytes) -> bool:
+                taken = b"[DONE]" not in piece[-_DONE:] and into(piece)
+                if taken:
+                    tail.add(piece)
+                return taken
+
+            self._stream.pour(take)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         stream, tail = self._stream, self.tail

@@ -24,6 +24,7 @@ _CREDIBLE = 10**9
 
 # The last event of a stream, with usage and performance metrics, is below 2 KiB; a JSON answer ends with its usage.
 TAIL = 8 * 1024
+_SLACK = 2 * 1024  # so that not every chunk lets another one go
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -87,8 +88,9 @@ class Tail:
         self.lines += chunk.count(b"\n")
         self._chunks.append(chunk)
         self._kept += len(chunk)
-        while self._kept - len(self._chunks[0]) >= TAIL:
-            self._kept -= len(self._chunks.popleft())
+        if self._kept >= TAIL + _SLACK:
+            while self._kept - len(self._chunks[0]) >= TAIL:
+                self._kept -= len(self._chunks.popleft())
 
     def bytes(self) -> bytes:
         return b"".join(self._chunks)

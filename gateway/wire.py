@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -58,6 +58,10 @@ _FAILURES: Final[dict[str, tuple[type[UpstreamFailed], str]]] = {
 _DEFAULT = Timeouts.model_construct()  # of a request that brings none
 
 
+# Takes a piece at once, or says that it does not.
+Pour = Callable[[bytes], bool]
+
+
 class Stream(Protocol):
     """The body of an answer, piece by piece as it arrives; who iterates gets UpstreamFailed where it does not end."""
 
@@ -73,6 +77,9 @@ class Stream(Protocol):
 
     async def ends(self, within: float) -> bool:
         """Whether its end comes next, within so many seconds. Raises what has failed."""
+
+    def pour(self, into: Pour) -> None:
+        """Let pieces go there as they come, while the reader waits. He gets what is not taken there, and the last."""
 
     async def aclose(self) -> None:
         """Gives the connection back, or ends it where the answer has not ended."""
@@ -239,6 +246,8 @@ class Reply(httpx.AsyncByteStream):
         self._method = method
         self._fields: list[tuple[bytes, bytes]] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._into: Pour | None = None
+        self._pouring: Pour | None = None  # the same, while the reader waits for a piece and has none in his hands
 
     def __repr__(self) -> str:
         end = self.failure or ("received" if self.received else "arriving")
@@ -257,7 +266,11 @@ class Reply(httpx.AsyncByteStream):
             if self.received:
                 raise StopAsyncIteration
             self._connection.owes()
-            await self.news()
+            self._pouring = self._into
+            try:
+                await self.news()
+            finally:
+                self._pouring = None
         piece = self.join()
         self.pieces.clear()
         self.waiting = 0
@@ -271,6 +284,21 @@ class Reply(httpx.AsyncByteStream):
                 while not self.pieces and not self.received:
                     await self.news()
         return self.complete
+
+    def pour(self, into: Pour) -> None:
+        self._into = into
+
+    def offer(self) -> None:
+        """Pour what has come. It costs no turn of the reader's task: of what an event costs here, a fifth."""
+        pieces = self.pieces
+        if self.received or self._pouring is None or not pieces:
+            return
+        if self._pouring(pieces[0] if len(pieces) == 1 else self.join()):
+            pieces.clear()
+            self.waiting = 0
+            self._connection.owes()
+        else:
+            self.wake()
 
     def join(self) -> bytes:
         """Makes one piece of those that wait."""
@@ -360,7 +388,8 @@ class Reply(httpx.AsyncByteStream):
         self.pieces.append(piece)
         self.waiting += len(piece)
         self.barren = 0
-        self.wake()
+        if self._pouring is None:
+            self.wake()
 
     def on_message_complete(self) -> None:
         if self.status:
@@ -521,6 +550,7 @@ class _Connection(asyncio.BufferedProtocol):
         except (HttpParserError, HttpParserUpgrade) as broken:
             self.end("upstream_protocol_error", broken)
             return
+        answer.offer()
         if len(answer.pieces) > _PIECES:
             answer.join()
         if answer.barren > HEAD:

@@ -100,6 +100,94 @@ async def promptly(event: Awaitable[object]) -> None:
     await asyncio.wait_for(event, 0.2)
 
 
+# — pouring
+
+
+async def poured(*steps: Step, takes: Callable[[bytes], bool]) -> tuple[list[bytes], list[bytes]]:
+    """What was poured of an answer, and what its reader got."""
+    into: list[bytes] = []
+
+    def take(piece: bytes) -> bool:
+        if takes(piece):
+            into.append(piece)
+            return True
+        return False
+
+    got = []
+    async with Backend(Peer.request, EVENTS, *steps) as backend, wired(backend) as wire:
+        answer = await ask(wire)
+        answer.pour(take)
+        try:
+            got = [piece async for piece in answer]
+        finally:
+            await answer.aclose()
+    return into, got
+
+
+async def slowly(peer: Peer) -> None:
+    """So that what follows comes by itself."""
+    await asyncio.sleep(0.05)
+
+
+async def test_pieces_are_poured_while_the_reader_waits() -> None:
+    into, got = await poured(slowly, chunk(b"a"), slowly, chunk(b"b"), slowly, END, takes=lambda piece: True)
+    assert (into, got) == ([b"a", b"b"], [])
+
+
+async def test_what_is_not_taken_there_is_the_readers_and_in_its_order() -> None:
+    taken: list[bytes] = []
+    steps = [step for letter in (b"a", b"b", b"c", b"d") for step in (slowly, chunk(letter))]
+
+    def takes(piece: bytes) -> bool:
+        if piece == b"b":
+            return False
+        taken.append(piece)
+        return True
+
+    into, got = await poured(*steps, slowly, END, takes=takes)
+    assert (into, got) == ([b"a", b"c", b"d"], [b"b"])
+
+
+async def test_the_last_piece_is_the_readers() -> None:
+    """What comes together with the end is not poured: nothing may follow it before the usage is settled."""
+    into, got = await poured(slowly, chunk(b"a"), slowly, chunk(b"b") + END, takes=lambda piece: True)
+    assert (into, got) == ([b"a"], [b"b"])
+
+
+async def test_nothing_overtakes_a_piece_that_the_reader_has_in_his_hands() -> None:
+    """He waits for the end, or for his caller, and has not sent it yet: what comes then waits for him."""
+    order: list[bytes] = []
+
+    def take(piece: bytes) -> bool:
+        if piece != b"a":
+            order.append(piece)
+        return piece != b"a"
+
+    steps = (slowly, chunk(b"a"), slowly, chunk(b"b"), slowly, END)
+    async with Backend(Peer.request, EVENTS, *steps) as backend, wired(backend) as wire:
+        answer = await ask(wire)
+        answer.pour(take)
+        async for piece in answer:
+            await answer.ends(0.3)
+            order.append(piece)
+        await answer.aclose()
+    assert order == [b"a", b"b"]
+
+
+async def test_a_silence_is_counted_from_the_last_piece_that_was_poured() -> None:
+    steps = [step for _ in range(4) for step in (chunk(b"a"), lambda peer: asyncio.sleep(0.25))]
+    into: list[bytes] = []
+
+    def take(piece: bytes) -> bool:
+        into.append(piece)
+        return True
+
+    async with Backend(Peer.request, EVENTS, *steps, END) as backend, wired(backend, idle="600ms") as wire:
+        answer = await ask(wire)
+        answer.pour(take)
+        assert await read(answer) + b"".join(into) == b"aaaa"
+
+
 # — the question
 
 
