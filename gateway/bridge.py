@@ -219,6 +219,7 @@ class Body(httpx.AsyncByteStream):
         self._idle = timeouts.idle
         self._end_by = end_by
         self._loop = asyncio.get_running_loop()
+        self.delimited = _framings(response) > 0 or response.extensions.get("http_version") == b"HTTP/2"
         self._reusable = response.extensions.get("http_version") == b"HTTP/2"
         length = response.headers.get("content-length")
         bodiless = method == "HEAD" or response.status_code in (204, 304)
@@ -326,16 +327,19 @@ class Body(httpx.AsyncByteStream):
 def _valid(response: httpx.Response) -> bool:
     """Whether a head can be relayed: h11 lets some pass that llhttp does not, and nobody looks at values in HTTP/2."""
     fields = response.headers.raw
-    names = [name.lower() for name, _ in fields]
-    framing = names.count(b"content-length") + names.count(b"transfer-encoding")
     return (
         200 <= response.status_code < 600
         and response.extensions.get("http_version") in (b"HTTP/2", b"HTTP/1.1", b"HTTP/1.0")
         and len(fields) <= FIELDS
         and sum(len(name) + len(value) + 4 for name, value in fields) <= HEAD
-        and framing <= 1
+        and _framings(response) <= 1
         and all(_NAME.fullmatch(name) and not _SPLITS.search(value) for name, value in fields)
     )
+
+
+def _framings(response: httpx.Response) -> int:
+    """How many fields say where the body ends."""
+    return sum(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in response.headers.raw)
 
 
 def _translated(failed: Exception) -> UpstreamFailed:

@@ -36,6 +36,14 @@ def at_boundary(tail: bytes) -> bool:
     return not tail or _ENDED.search(tail[-4:]) is not None
 
 
+_LAST_WORDS = re.compile(rb'\[DONE\]|"finish_reason"\s*+:\s*+"|message_stop')
+
+
+def finished(tail: bytes) -> bool:
+    """Whether the end of a stream says that no answer follows, in OpenAI's words or in Anthropic's."""
+    return _LAST_WORDS.search(tail) is not None
+
+
 # — the event that the caller did not ask for
 
 # The event has a few hundred bytes; one of more than this is another. Counted without the ends of its last two lines.

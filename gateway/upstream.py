@@ -19,9 +19,9 @@ from gateway.health import Health, Outcome, Turn
 from gateway.hops import Travelling, carried, travelling
 from gateway.language import Cause, PoolPolicy, Timeouts, UpstreamPolicy
 from gateway.normalize import InferenceRequest
-from gateway.sse import UsageFilter, at_boundary, error_event
+from gateway.sse import UsageFilter, at_boundary, error_event, finished
 from gateway.usage import Tail
-from gateway.wire import Pour, Stream
+from gateway.wire import Pour, Stream, failure_of
 
 _log = structlog.get_logger("gateway.upstreams")
 
@@ -283,6 +283,8 @@ class Answer:
                     self.end = _last(chunk)
                     return
                 yield chunk
+            if self.is_stream and not stream.delimited and not finished(tail.bytes()):
+                raise failure_of("upstream_disconnected")  # a cut looks the same there: RFC 9112 section 8
         except UpstreamFailed:
             self.upstream.report("failed")
             raise

@@ -73,6 +73,10 @@ class Stream(Protocol):
     def complete(self) -> bool:
         """Whether it is known that nothing follows the piece that was yielded last."""
 
+    @property
+    def delimited(self) -> bool:
+        """Whether its end can be told from a cut: by a length, by chunks, by HTTP/2."""
+
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
     async def ends(self, within: float) -> bool:
@@ -257,6 +261,10 @@ class Reply(httpx.AsyncByteStream):
     def complete(self) -> bool:
         """Whether nothing follows the piece that was yielded last."""
         return self.received and not self.pieces
+
+    @property
+    def delimited(self) -> bool:
+        return self.framed != "close"
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self

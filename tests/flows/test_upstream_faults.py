@@ -282,22 +282,34 @@ async def test_u06_the_chaos_of_a_wire_is_the_same(store_url: str) -> None:
         assert [served.whole for served in backend.served] == [False]
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        (chunked(token(), token()),),
-        (b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", token() * 2, Peer.close),
-    ],
-    ids=["chunked", "until the end of the connection"],
-)
-async def test_u07_a_stream_without_usage_and_done_is_relayed_and_metered_by_its_events(
-    store_url: str, sent: tuple[Step, ...]
-) -> None:
-    async with case(store_url, Peer.request, *sent, Peer.close) as it:
+async def test_u07_a_stream_without_usage_and_done_is_relayed_and_metered_by_its_events(store_url: str) -> None:
+    async with case(store_url, Peer.request, chunked(token(), token()), Peer.close) as it:
         answer = await it.ask(STREAM)
-        assert (answer.status, answer.body) == (200, token() * 2)
+        assert (answer.status, answer.body, answer.whole) == (200, token() * 2, True)
         row = await it.row()
         assert (row["output_tokens"], row["source"]) == (2, "counted")
+
+
+UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize("end", [token().replace(b'reason":null', b'reason": "stop"'), DONE], ids=["finish", "done"])
+async def test_u07_a_stream_that_only_its_connection_ends_is_whole_if_its_last_event_says_so(
+    store_url: str, end: bytes
+) -> None:
+    async with case(store_url, Peer.request, UNTIL_CLOSED, token(), end, Peer.close) as it:
+        answer = await it.ask(STREAM)
+        assert (answer.status, answer.body, answer.whole) == (200, token() + end, True)
+
+
+async def test_u07_of_any_other_nobody_knows_whether_it_is_whole_and_it_is_told_as_a_cut(store_url: str) -> None:
+    async with case(store_url, Peer.request, UNTIL_CLOSED, token() * 2, Peer.close) as it:
+        answer = await it.ask(STREAM)
+        assert (answer.status, answer.whole) == (200, False)
+        assert answer.body.startswith(token() * 2)
+        assert b"upstream_disconnected" in answer.body
+        row = await it.row()
+        assert (row["ended"], row["output_tokens"], row["source"]) == ("upstream", 2, "counted")
 
 
 async def test_u11_a_length_that_is_too_long_never_looks_complete(store_url: str) -> None:
