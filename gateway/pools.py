@@ -61,6 +61,13 @@ class Pool:
                 return self._rotation.next(weighed)
         return least_busy(weighed, _random)
 
+    def may_ask_another(self, now: float, tried: Sequence[Upstream], cause: Cause | int | None) -> bool:
+        """Whether a request goes to another upstream after this; if so, that is counted. A connection that could not be
+        made cost nobody anything."""
+        if len(tried) >= self.policy.retries.attempts or not self.free(now, tried):
+            return False
+        return cause == "connect" or self.budget.spend(now)
+
     def away(self, now: float) -> UpstreamsBusy:
         """What is told when nobody is free, with the time until somebody may be."""
         waits = [wait for upstream in self.upstreams if (wait := upstream.wait(now)) is not None]
@@ -85,7 +92,7 @@ class Opening:
         self._headers = headers
         self._way = way
         self._attempts = 0
-        self._is_final = False  # policy or budget forbid to send it once more, wherever to
+        self._is_final = False  # policy forbids to send it once more, wherever to
 
     @property
     def pool(self) -> Pool:
@@ -133,35 +140,27 @@ class Opening:
         """The answer of a pool. Raises UpstreamFailed where it has none, or one that another pool may better."""
         tried: list[Upstream] = []
         session = self._session(request)
-        failure: UpstreamFailed | None = None
         pool.budget.asked(self._now())
-        while len(tried) < pool.policy.retries.attempts:
-            upstream = pool.choose(self._now(), tried, session)
-            if upstream is None:
-                break
+        while (upstream := pool.choose(self._now(), tried, session)) is not None:
             tried.append(upstream)
             self._attempts += 1
+            answer: Answer | None = None
             try:
                 answer = await upstream.ask(request, self._headers, self._way, self._since)
+                cause: Cause | int | None = answer.status
             except UpstreamFailed as failed:
-                failure = failed
-                if not self._again(pool, request, cause_of(failed)):
-                    raise
-            else:
-                more = not is_last or (len(tried) < pool.policy.retries.attempts and pool.free(self._now(), tried))
-                if not more or not self._again(pool, request, answer.status):
+                failure, cause = failed, cause_of(failed)
+            may = cause in pool.policy.retries.on and self._in_time(request)
+            here = may and pool.may_ask_another(self._now(), tried, cause)
+            if answer is not None:
+                if not may or (is_last and not here):
                     return answer
                 await answer.leave()
                 failure = UpstreamFailed(f"the upstream answered {answer.status}")
-        raise failure or pool.away(self._now())
-
-    def _again(self, pool: Pool, request: InferenceRequest, cause: Cause | int | None) -> bool:
-        """Whether it may be sent once more after this. What was not sent at all costs nobody anything."""
-        if cause is None or not self._in_time(request):
-            return False
-        may = cause in pool.policy.retries.on and (cause == "connect" or pool.budget.spend(self._now()))
-        self._is_final = not may
-        return may
+            if not here:
+                self._is_final = cause is not None and not may
+                raise failure
+        raise pool.away(self._now())
 
     def _session(self, request: InferenceRequest) -> bytes:
         """Who shares it meets the same upstream. The team is part of it: no team sees where another one is served."""

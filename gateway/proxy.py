@@ -138,8 +138,7 @@ class commented:  # noqa: N801 - reads as what it does: async with commented(ope
         try:
             return await self._opening.__aenter__()
         finally:
-            comments.cancel()
-            await asyncio.wait((comments,))
+            comments.cancel()  # it writes nothing more; to wait for it could lose an answer that is open
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
