@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -316,13 +316,11 @@ def upstreams_list(as_json: JsonOption = False, policies: PoliciesOption = None,
     known = _upstreams(settings)
 
     async def show(store: Store) -> None:
-        names = await drained(store)
-        rows = [
-            {"upstream": name, "weight": own.weight, "drained": "by command" if name in names else "by policy"}
-            if name in names or own.drain
-            else {"upstream": name, "weight": own.weight, "drained": None}
-            for name, own in known.items()
-        ]
+        by_command = await drained(store)
+        rows = []
+        for name, own in known.items():
+            by = "by command" if name in by_command else "by policy" if own.drain else None
+            rows.append({"upstream": name, "weight": own.weight, "drained": by})
         if as_json:
             typer.echo(json.dumps(rows))
             return
@@ -337,9 +335,7 @@ def upstreams_drain(upstream: UpstreamArgument, policies: PoliciesOption = None,
     """Give nothing new to an upstream, within a second and in every gateway of the store; what it has goes on."""
     from gateway.drains import drain
 
-    settings = _settings(policies=policies, state=state)
-    _known(upstream, _upstreams(settings))
-    _with_store(settings, lambda store: drain(store, upstream))
+    _change_upstream(_settings(policies=policies, state=state), upstream, drain)
     typer.echo(f"{upstream} is drained; gateway upstreams resume {upstream} ends it")
 
 
@@ -348,23 +344,26 @@ def upstreams_resume(upstream: UpstreamArgument, policies: PoliciesOption = None
     """End what `drain` began."""
     from gateway.drains import resume
 
-    settings = _settings(policies=policies, state=state)
-    _known(upstream, _upstreams(settings))
-    _with_store(settings, lambda store: resume(store, upstream))
+    _change_upstream(_settings(policies=policies, state=state), upstream, resume)
     typer.echo(f"{upstream} gets requests again")
 
 
+def _change_upstream(
+    settings: Settings, upstream: str, change: Callable[[Store, str], Coroutine[Any, Any, None]]
+) -> None:
+    known = _upstreams(settings)
+    if upstream not in known:
+        _fail(f'"{upstream}" is no upstream of the policies, expected one of {", ".join(known)}', WRONG)
+    _with_store(settings, lambda store: change(store, upstream))
+
+
 def _upstreams(settings: Settings) -> dict[str, UpstreamPolicy]:
+    """The upstreams of the policies, by the names that commands and logs have for them."""
     try:
         pools = load(settings.policies).pools
     except PolicyError as error:
         _fail(str(error), WRONG)
     return {f"{name}/{urlsplit(own.url).netloc}": own for name, pool in pools.items() for own in pool.upstreams}
-
-
-def _known(upstream: str, known: Iterable[str]) -> None:
-    if upstream not in known:
-        _fail(f'"{upstream}" is no upstream of the policies, expected one of {", ".join(known)}', WRONG)
 
 
 # — usage
