@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gateway.asgi import RawHeaders, named_by_connection
-from gateway.errors import LoopDetected
+from gateway.errors import LoopDetected, VersionNotSupported
 
 # What backends of this kind are known to read. A pool names further ones (forward_headers).
 _USUAL = (
@@ -58,7 +58,12 @@ class Way:
     __slots__ = ("headers", "trace_id")
 
     def __init__(self, scope: Mapping[str, Any], name: bytes, called: bytes, span: bytes) -> None:
-        """`called` is the request's id, `span` sixteen random bytes. Raises LoopDetected for one that was here."""
+        """`called` is the request's id, `span` sixteen random bytes.
+
+        Raises VersionNotSupported for HTTP/1.0, and LoopDetected for a request that was here before.
+        """
+        if scope["http_version"] == "1.0":  # it has no chunks, and so no stream whose end can be told from a cut
+            raise VersionNotSupported("the request is HTTP/1.0, expected HTTP/1.1 (nginx: proxy_http_version 1.1)")
         via, parent, state = _given(scope["headers"])
         if any(_passed(hop, name) for hop in via):
             raise LoopDetected(

@@ -22,7 +22,7 @@ from gateway.asgi import (
     refuse,
     until_hang_up,
 )
-from gateway.errors import ClientGone, GatewayError, InternalError, UpstreamFailed, VersionNotSupported
+from gateway.errors import ClientGone, GatewayError, InternalError, UpstreamFailed
 from gateway.exchange import Exchange
 from gateway.hops import Way
 from gateway.keys import KeyRing
@@ -78,9 +78,7 @@ class Proxy:
         snapshot = policies.snapshot
 
         x.principal = self._keys.identify(scope["headers"])  # 401
-        if scope["http_version"] == "1.0":  # it has no chunks, and so no stream whose end can be told from a cut
-            raise VersionNotSupported("the request is HTTP/1.0, expected HTTP/1.1 (nginx: proxy_http_version 1.1)")
-        x.way = Way(scope, self._name, x.called, os.urandom(16))  # 508
+        x.way = Way(scope, self._name, x.called, os.urandom(16))  # 505, 508
         body = await read_body(scope, receive, snapshot.gateway.max_body)  # 413
         x.body_read = True
         x.request = normalize(x.endpoint, body, snapshot)  # 400, 404, 422

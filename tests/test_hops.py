@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.errors import LoopDetected
+from gateway.errors import LoopDetected, VersionNotSupported
 from gateway.hops import Way, carried, pseudonym, travelling
 
 NAME = b"gw-0123456789ab"
@@ -48,7 +48,11 @@ def test_no_name_is_ever_the_callers(headers: list[tuple[bytes, bytes]]) -> None
 def test_via_is_added_to() -> None:
     assert way()[b"via"] == b"1.1 " + NAME
     assert way((b"via", b"1.0 fred"), (b"via", b"1.1 p.example"))[b"via"] == b"1.0 fred, 1.1 p.example, 1.1 " + NAME
-    assert way(http_version="1.0")[b"via"] == b"1.0 " + NAME
+
+
+def test_http_1_0_is_told_what_to_speak() -> None:
+    with pytest.raises(VersionNotSupported, match=r"expected HTTP/1\.1"):
+        way(http_version="1.0")
 
 
 @pytest.mark.parametrize(
