@@ -39,7 +39,7 @@ if _HTTP2:
     _FOREIGN += (H2Error,)  # httpcore lets it through
 
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
-_SPLITS = re.compile(rb"[\r\n\0]")
+_CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
 
 # httpcore and h11 have one class for what is not HTTP and for an answer that was cut; these are the words for the cut.
 _CUT: Final = (
@@ -247,6 +247,8 @@ class Body(httpx.AsyncByteStream):
             raise StopAsyncIteration
         now = self._loop.time()
         silent_at = now + self._idle
+        if now >= self._end_by:
+            raise await self._fail(failure_of("upstream_total_timeout"))
         if not await self._look(min(silent_at, self._end_by) - now):
             code = "upstream_idle_timeout" if silent_at < self._end_by else "upstream_total_timeout"
             raise await self._fail(failure_of(code))
@@ -333,7 +335,7 @@ def _valid(response: httpx.Response) -> bool:
         and len(fields) <= FIELDS
         and sum(len(name) + len(value) + 4 for name, value in fields) <= HEAD
         and _framings(response) <= 1
-        and all(_NAME.fullmatch(name) and not _SPLITS.search(value) for name, value in fields)
+        and all(_NAME.fullmatch(name) and not _CONTROLS.search(value) for name, value in fields)
     )
 
 

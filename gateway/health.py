@@ -19,7 +19,8 @@ from typing import Literal
 
 from gateway.language import HealthPolicy, RetryPolicy
 
-Outcome = Literal["answered", "failed", "unreachable"]
+# answered: a head came. cut: what followed it failed. The others are instead of an answer.
+Outcome = Literal["answered", "cut", "failed", "unreachable"]
 Turn = Literal["ejected", "returned"]
 
 _ENOUGH = 20  # requests, before a rate means anything
@@ -123,33 +124,40 @@ class Health:
             return 1.0
         return max(_LEAST, passed / self._slow_start)
 
-    def begin(self) -> None:
-        """A request goes there; while it is out, as the one trial."""
-        if self._until is not None:
-            self._trial = True
+    def begin(self) -> bool:
+        """A request goes there. Returns whether it is the trial of one that is out: that one alone is judged."""
+        if self._until is None:
+            return False
+        self._trial = True
+        return True
 
     def abandoned(self, now: float) -> None:
-        """A request ended without telling anything: its caller left. A trial may be made again in a second."""
-        if self._trial:
-            self._trial = False
-            self._until = now + _SHORTEST
+        """The trial ended without telling anything: its caller left. It may be made again in a second."""
+        self._trial = False
+        self._until = now + _SHORTEST
 
     def rest(self, now: float, seconds: float) -> None:
         """It asked to be left alone for so long."""
         self._rest_until = max(self._rest_until, now + min(max(0.0, seconds), _LONGEST_REST))
 
-    def report(self, now: float, outcome: Outcome, may_eject: Callable[[], bool]) -> Turn | None:
-        """How a request ended, and what came of it."""
+    def report(
+        self, now: float, outcome: Outcome, may_eject: Callable[[], bool], *, trial: bool = False
+    ) -> Turn | None:
+        """How a request went, and what came of it."""
         if self._until is not None:
-            return self._judge(now, outcome) if self._trial else None
-        self._window.add(now, 1, outcome != "answered")
+            return self._judge(now, outcome) if trial else None
+        self._window.add(now, outcome != "cut", outcome != "answered")
         self._unanswered = self._unanswered + 1 if outcome == "unreachable" else 0
-        self._failures = self._failures + 1 if outcome != "answered" else 0
         if outcome == "answered":
             return None
+        self._failures += 1
         if self._unanswered >= self._policy.connect_failures or (self._too_much(now) and may_eject()):
             return self._eject(now, _SHORTEST)
         return None
+
+    def ended(self) -> None:
+        """An answer came whole, and was none of failure."""
+        self._failures = 0
 
     def probed(self, now: float, well: bool, may_eject: Callable[[], bool]) -> Turn | None:
         """How a probe ended. One that is well again still has its trial to stand."""
@@ -160,7 +168,7 @@ class Health:
 
     @property
     def _failing_probes(self) -> bool:
-        return self._lost >= _PROBES
+        return self._lost >= _PROBES and self._policy.probe is not None
 
     def _too_much(self, now: float) -> bool:
         if self._failures >= self._policy.failures:

@@ -379,8 +379,9 @@ def _routes(model: Model, documents: Documents, models: Mapping[str, Model]) -> 
     so on. What fell back to itself would go round; it stands there once."""
     found: dict[tuple[str, str], Model] = {}
     turn: Model | None = model
+    together = {"first_byte": model.timeouts.first_byte}  # all of them have the time that the first one has
     while turn is not None and (turn.name, turn.pool) not in found:
-        found[turn.name, turn.pool] = turn
+        found[turn.name, turn.pool] = replace(turn, timeouts=turn.timeouts.model_copy(update=together))
         pool, other = documents.pools[turn.pool].fallback, documents.models[turn.name].fallback
         if pool is not None and (turn.name, pool) not in found:
             turn = _in_pool(turn, pool, documents)

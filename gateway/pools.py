@@ -28,6 +28,8 @@ from gateway.wire import Wire, trusting
 _SOON = 1.0  # seconds after which one may ask again where nobody knows: all are busy
 _random = random.Random()
 
+_OVERDUE = ("upstream_first_byte_timeout", "upstream_total_timeout")  # no time is left for anybody else
+
 
 class Pool:
     """The upstreams that can stand in for one another, under one policy."""
@@ -74,8 +76,9 @@ class Pool:
         return UpstreamsBusy("every upstream of the pool is full or away", retry_after=min(waits, default=0.0) or _SOON)
 
     def _can_spare_one(self) -> bool:
-        """Whether one more may be ejected: at most half of a pool is."""
-        return 2 * (1 + sum(upstream.health.out for upstream in self.upstreams)) <= len(self.upstreams)
+        """Whether one more may be ejected: at most half of a pool is, unless another pool is there to stand in."""
+        there = [upstream for upstream in self.upstreams if not upstream.drains]
+        return self.policy.fallback is not None or 2 * (1 + sum(u.health.out for u in there)) <= len(there)
 
 
 class Opening:
@@ -158,7 +161,7 @@ class Opening:
                 await answer.leave()
                 failure = UpstreamFailed(f"the upstream answered {answer.status}")
             if not here:
-                self._is_final = cause is not None and not may
+                self._is_final = failure.code in _OVERDUE or (cause is not None and not may)
                 raise failure
         raise pool.away(self._now())
 
@@ -188,11 +191,13 @@ class Pools:
             for own in policy.upstreams:
                 identity = (name, own.url, own.key_env, policy.transport, policy.tls)
                 self._upstreams[identity] = held.get(identity) or _upstream(policy, own, environment)
+        self._drained: frozenset[str] = frozenset() if before is None else before._drained
         upstreams = iter(self._upstreams.values())
         self._pools = {
             name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))))
             for name, policy in policies.items()
         }
+        self.drain(self._drained)
 
     def __repr__(self) -> str:
         return f"<Pools {list(self._pools.values())}>"
@@ -207,6 +212,7 @@ class Pools:
 
     def drain(self, names: frozenset[str]) -> None:
         """Give nothing new to these upstreams, `pool/host:port`, and to all others what is theirs."""
+        self._drained = names
         for pool in self._pools.values():
             for upstream in pool.upstreams:
                 upstream.drained = f"{pool.name}/{upstream.name}" in names
@@ -226,7 +232,8 @@ def _upstream(policy: PoolPolicy, own: UpstreamPolicy, environment: Mapping[str,
     trusted = trusting(tls.ca, tls.certificate, tls.key) if policy.tls else None
     kind = {"wire": Wire, "httpx": Bridge}[policy.transport]
     transport = kind(own.url, ssl_context=trusted, server_name=tls.server_name)
-    return Upstream(policy, own, transport, environment.get(own.key_env) if own.key_env else None)
+    key = environment.get(own.key_env, "").strip() if own.key_env else None  # a mounted secret ends with a line's end
+    return Upstream(policy, own, transport, key)
 
 
 @dataclass(frozen=True, slots=True)

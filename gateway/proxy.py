@@ -148,8 +148,8 @@ class commented:  # noqa: N801 - reads as what it does: async with commented(ope
         x, lease = self._x, self._x.lease
         assert lease is not None
         headers = [(b"content-type", b"text/event-stream"), *standing_headers(lease.standings), *_names(x)]
-        x.started = x.commented = True
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        x.started = x.commented = True
         while True:
             await self._send({"type": "http.response.body", "body": COMMENT, "more_body": True})
             await asyncio.sleep(every)
@@ -158,10 +158,10 @@ class commented:  # noqa: N801 - reads as what it does: async with commented(ope
 async def tell(x: Exchange, error: GatewayError, send: Send) -> None:
     """Tell the reader of a stream that it has failed, where an event may follow what he has read."""
     event: bytes | None = None
-    if x.answer is not None and x.answer.is_stream:
-        event = x.answer.failure(x.endpoint, error)
-    elif x.commented:
+    if x.commented and (x.answer is None or not x.answer.tail.length):  # of what he has read all is ours
         event = error_event(b"", x.endpoint, error)
+    elif x.answer is not None:
+        event = x.answer.failure(x.endpoint, error)
     if event is not None:
         await send({"type": "http.response.body", "body": event, "more_body": True})
 

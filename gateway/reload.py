@@ -20,7 +20,10 @@ def opened(snapshot: Snapshot, before: Pools | None = None) -> Policies:
     """A snapshot with its pools. Raises PolicyError for a file that the policies name and that cannot be read."""
     for name, pool in snapshot.pools.items():
         for upstream in pool.upstreams:
-            if upstream.key_env and not os.environ.get(upstream.key_env):
+            key = os.environ.get(upstream.key_env, "").strip() if upstream.key_env else "-"
+            if not (key.isascii() and key.isprintable()):
+                raise PolicyError([f"pools.{name}: {upstream.key_env} holds no credential, expected printable ASCII"])
+            if not key:
                 _log.warning("upstream_without_key", pool=name, url=upstream.url, variable=upstream.key_env)
     try:
         return Policies(snapshot, Pools(snapshot.pools, os.environ, before))

@@ -124,6 +124,17 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # uvicorn leaves it running after an error
         super().connection_lost(exc)
 
+    def eof_received(self) -> None:
+        """The caller has closed his sending side: he has left. asyncio would first write what he may never take."""
+        if self.cycle and not self.cycle.response_complete:
+            self.transport.abort()
+        elif self.transport.get_write_buffer_size():
+            self.watch_writes()
+
+    def shutdown(self) -> None:
+        self._keeps = False  # of a request whose body still comes
+        super().shutdown()
+
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             self._dropped += len(data)
@@ -261,6 +272,8 @@ class Protocol(HttpToolsProtocol):
     def _look(self) -> None:
         """Whether what is coming is late."""
         self._late = None
+        if self.transport.is_closing():
+            return
         if self._coming is None:
             if not self.cycle:  # it never asked for anything, so there is nothing to answer
                 self.transport.close()

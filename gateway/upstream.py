@@ -49,6 +49,8 @@ _CAUSES: dict[str | None, Cause] = {
     "upstream_connect_timeout": "connect",
     "upstream_disconnected": "reset",
     "upstream_protocol_error": "reset",
+    "upstream_redirected": "connect",  # of what it was meant to do it did nothing
+    "upstream_unauthorized": "connect",
 }
 
 
@@ -95,17 +97,18 @@ class Upstream:
 
     def free(self, now: float) -> bool:
         """Whether a request may go there now."""
-        return self.in_flight < self._policy.max_in_flight and not self._drains and self.health.asked(now)
+        return self.in_flight < self._policy.max_in_flight and not self.drains and self.health.asked(now)
 
     def weight(self, now: float) -> float:
         return self._policy.weight * self.health.share(now)
 
     def wait(self, now: float) -> float | None:
         """Seconds until it may be free again, as far as one can know; None: it will not be."""
-        return None if self._drains else self.health.wait(now)
+        return None if self.drains else self.health.wait(now)
 
     @property
-    def _drains(self) -> bool:
+    def drains(self) -> bool:
+        """Whether it gets nothing new, by policy or by command."""
         return self.drained or self._policy.drain
 
     # — an exchange
@@ -116,22 +119,24 @@ class Upstream:
         `since` is when the caller's request came here first, in the loop's time: first byte and total count from there.
         """
         self.in_flight += 1
-        self.health.begin()
+        trial = self.health.begin()
         try:
             response = await self.transport.handle_async_request(
                 self._request(request, [*carried(headers, self._table), *way], since)
             )
         except UpstreamFailed as failed:
-            self.report("unreachable" if cause_of(failed) == "connect" else "failed")
+            self.report("unreachable" if cause_of(failed) == "connect" else "failed", trial=trial)
             await self.leave()
             raise
         except BaseException:
-            self.health.abandoned(asyncio.get_running_loop().time())
+            if trial:
+                self.health.abandoned(asyncio.get_running_loop().time())
             await self.leave()
             raise
         answer = Answer(response, self, request)
-        self._consider(answer)
-        if refusal := _refusal(answer.status):
+        refusal = _refusal(answer.status)
+        self._consider(answer, failed=refusal is not None or answer.status >= 500, trial=trial)
+        if refusal is not None:
             await answer.leave()
             raise refusal
         return answer
@@ -145,15 +150,17 @@ class Upstream:
         extensions = {"body": request.body, "timeouts": request.model.timeouts, "since": since}
         return httpx.Request("POST", url, headers=head, stream=_BODY, extensions=extensions)
 
-    def _consider(self, answer: Answer) -> None:
-        """What a status tells of the upstream. What is the caller's fault tells nothing but that it answers."""
+    def _consider(self, answer: Answer, *, failed: bool, trial: bool) -> None:
+        """What an answer's head tells of the upstream. The caller's fault tells nothing but that it answers."""
         rest = _retry_after(answer.headers) if answer.status in (429, 503) else None
         if rest is not None:
             self.health.rest(asyncio.get_running_loop().time(), rest)
-        self.report("failed" if answer.status >= 500 and rest is None else "answered")
+            failed = False
+        self.report("failed" if failed else "answered", trial=trial)
 
-    def report(self, outcome: Outcome) -> None:
-        self._tell(self.health.report(asyncio.get_running_loop().time(), outcome, self._may_eject), outcome)
+    def report(self, outcome: Outcome, *, trial: bool = False) -> None:
+        now = asyncio.get_running_loop().time()
+        self._tell(self.health.report(now, outcome, self._may_eject, trial=trial), outcome)
 
     async def leave(self) -> None:
         self.in_flight -= 1
@@ -251,6 +258,9 @@ class Answer:
         self.end: Message = END
         self._stream = cast(Stream, response.stream)
         self._filter = UsageFilter() if request.injected and self.is_stream else None
+        # A stream may get an event less here, or one more; and a 204 has no length (RFC 9110 section 8.6).
+        if self.is_stream or self.status == 204:
+            self.headers = [h for h in self.headers if h[0].lower() != b"content-length"]
 
     @property
     def is_whole(self) -> bool:
@@ -285,8 +295,9 @@ class Answer:
                 yield chunk
             if self.is_stream and not stream.delimited and not finished(tail.bytes()):
                 raise failure_of("upstream_disconnected")  # a cut looks the same there: RFC 9112 section 8
-        except UpstreamFailed:
-            self.upstream.report("failed")
+        except UpstreamFailed as failed:
+            if failed.code != "upstream_total_timeout":  # that may be a caller who reads slowly
+                self.upstream.report("cut")
             raise
 
     async def _ends_soon(self) -> bool:
@@ -313,8 +324,12 @@ class Answer:
 
     async def leave(self) -> None:
         """Give the connection back, or end it at once where the answer has not ended."""
-        await self._stream.aclose()
-        await self.upstream.leave()
+        if self._stream.received and self.status < 300:
+            self.upstream.health.ended()
+        try:
+            await self._stream.aclose()
+        finally:
+            await self.upstream.leave()
 
 
 def _last(piece: bytes) -> Message:

@@ -9,7 +9,7 @@ byte nor a state, is left for the next one. A connection is
 
 and goes from busy to idle to busy, and from either to closed. `_Connection.end` is the only way to closed.
 
-Bytes wait in the Reply until its reader takes them. Above 64 KiB the socket is not read any more, and TCP tells the
+Bytes wait in the Reply until its reader takes them. Above 32 KiB the socket is not read any more, and TCP tells the
 upstream to wait.
 
 Deadlines cost nothing per piece: the moments are noted, and one timer per connection looks at them when it fires. It
@@ -37,8 +37,10 @@ Framing = Literal["length", "chunked", "close", "none"]
 
 HEAD = 64 * 1024  # bytes of a head, and of all that is informational before it; h11 takes 100 KiB
 FIELDS = 200  # of a head; Apache's limit is 100
-_WAITING = 64 * 1024  # bytes that may wait for the reader; asyncio's own high-water mark
-_INBOX = 64 * 1024  # bytes of one read: with _WAITING before it, a stream never holds more than 128 KiB
+# Twice that much may wait for the reader, and twice that much be in his hands; with what asyncio holds for the caller
+# (64 KiB and one piece more) a stream whose caller reads nothing has less than 256 KiB here.
+_WAITING = 32 * 1024  # bytes that may wait for the reader before the socket is read no more
+_INBOX = 32 * 1024  # bytes of one read
 _PIECES = 256  # that may wait: a piece costs some 50 bytes beyond its own, and there are chunks of one byte
 IDLE = 30.0  # seconds that an unused connection is kept; that an upstream closes earlier (uvicorn: after 5) is seen
 _MARGIN = 1.0  # seconds by which we are earlier than an upstream that told when it closes

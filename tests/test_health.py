@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -26,8 +26,14 @@ def health(slow_start: float = 0.0, **given: Any) -> Health:
     return Health(HealthPolicy.model_construct(**given), slow_start)
 
 
-def reports(one: Health, now: float, outcomes: list[Outcome]) -> list[str | None]:
-    return [one.report(now, outcome, yes) for outcome in outcomes]
+def reports(one: Health, now: float, outcomes: list[Outcome | Literal["whole"]]) -> list[str | None]:
+    """What came of each; one that is whole was answered, and came to its end."""
+    turns: list[str | None] = []
+    for outcome in outcomes:
+        turns.append(one.report(now, "answered" if outcome == "whole" else outcome, yes))
+        if outcome == "whole":
+            one.ended()
+    return turns
 
 
 def out(now: float = 0.0, **given: Any) -> Health:
@@ -57,17 +63,31 @@ def test_failures_in_a_row_take_it_out_if_it_can_be_spared() -> None:
     assert not one.asked(0.0)
 
 
+def test_an_answer_that_came_whole_ends_a_row_of_failures_and_its_head_does_not() -> None:
+    """Each of these streams is cut: the head of the next one forgives nothing."""
+    one, another = health(), health()
+    assert reports(one, 0.0, ["answered", "cut"] * 5)[-1] == "ejected"
+    for _ in range(6):
+        assert reports(another, 0.0, ["answered", "cut"]) == [None, None]
+        another.ended()
+
+
+def test_streams_that_are_cut_are_a_rate_of_all_streams() -> None:
+    one = health(failures=1000)
+    assert reports(one, 0.0, ["answered", "cut", "whole"] * 11)[-2:] == ["ejected", None]
+
+
 def test_half_of_twenty_that_fail_take_it_out_and_less_do_not() -> None:
     """Never four in a row: it is the rate that counts."""
     one, another = health(), health()
-    assert reports(one, 0.0, ["failed", "answered"] * 10)[:19] == [None] * 19
+    assert reports(one, 0.0, ["failed", "whole"] * 10)[:19] == [None] * 19
     assert reports(one, 0.0, ["failed"]) == ["ejected"]
-    assert reports(another, 0.0, ["failed", "answered", "answered"] * 20) == [None] * 60
+    assert reports(another, 0.0, ["failed", "whole", "whole"] * 20) == [None] * 60
 
 
 def test_what_failed_long_ago_does_not_count() -> None:
     one = health()
-    reports(one, 0.0, ["failed", "answered"] * 9)
+    reports(one, 0.0, ["failed", "whole"] * 9)
     assert one.report(25.0, "failed", yes) is None
     assert one.report(25.0, "failed", yes) is None
 
@@ -76,9 +96,10 @@ def test_when_its_time_is_over_one_trial_decides() -> None:
     one = out()
     assert not one.asked(0.9)
     assert one.asked(1.0)
-    one.begin()
+    assert one.begin()
     assert not one.asked(1.0), "one at a time"
-    assert one.report(1.5, "answered", yes) == "returned"
+    assert one.report(1.2, "failed", yes) is None, "one that went there before is not judged"
+    assert one.report(1.5, "answered", yes, trial=True) == "returned"
     assert one.asked(1.5)
 
 
@@ -87,8 +108,7 @@ def test_a_failed_trial_takes_it_out_for_twice_as_long_up_to_the_longest_time() 
     waits = []
     for _ in range(4):
         now += one.wait(now)
-        one.begin()
-        assert one.report(now, "unreachable", yes) == "ejected"
+        assert one.report(now, "unreachable", yes, trial=one.begin()) == "ejected"
         waits.append(one.wait(now))
     assert waits == [2.0, 4.0, 5.0, 5.0]
 
@@ -108,8 +128,7 @@ def test_what_was_asked_before_it_went_out_tells_nothing_more() -> None:
 
 def test_after_its_return_old_failures_are_forgotten() -> None:
     one = out()
-    one.begin()
-    one.report(1.0, "answered", yes)
+    one.report(1.0, "answered", yes, trial=one.begin())
     assert reports(one, 1.0, ["unreachable", "unreachable"]) == [None, None]
 
 
@@ -141,14 +160,21 @@ def test_whoever_rests_is_not_out() -> None:
 
 
 def test_two_probes_in_a_row_take_it_out_and_one_that_is_well_lets_the_trial_begin() -> None:
-    one = health()
+    one = health(probe="/health")
     assert [one.probed(0.0, well, yes) for well in (False, True, False)] == [None] * 3
     assert one.probed(0.0, False, yes) == "ejected"
     assert not one.asked(100.0), "while its probes fail it is not tried with requests"
     one.probed(100.0, True, yes)
     assert one.asked(100.0)
-    one.begin()
-    assert one.report(100.0, "answered", yes) == "returned"
+    assert one.report(100.0, "answered", yes, trial=one.begin()) == "returned"
+
+
+def test_who_is_not_probed_any_more_is_not_out_for_its_last_probes() -> None:
+    one = health(probe="/health")
+    assert [one.probed(0.0, False, yes) for _ in range(2)] == [None, "ejected"]
+    assert not one.asked(2.0)
+    one.adopt(POLICY, 0.0)
+    assert one.asked(2.0)
 
 
 def test_a_probe_that_fails_everywhere_takes_nobody_out_that_cannot_be_spared() -> None:
@@ -163,8 +189,7 @@ def test_a_probe_that_fails_everywhere_takes_nobody_out_that_cannot_be_spared() 
 def test_its_share_grows_while_it_starts_slowly() -> None:
     one = out(slow_start=10.0)
     assert one.share(0.0) == 1.0
-    one.begin()
-    one.report(1.0, "answered", yes)
+    one.report(1.0, "answered", yes, trial=one.begin())
     assert [one.share(now) for now in (1.0, 3.0, 6.0, 11.0, 12.0)] == [0.1, 0.2, 0.5, 1.0, 1.0]
 
 
@@ -209,7 +234,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.one = health(slow_start=5.0)
+        self.one = health(slow_start=5.0, probe="/health")
         self.spared = True
         self.trials = 0
 
@@ -217,27 +242,31 @@ class Life(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(outcome=st.sampled_from(["answered", "failed", "unreachable"]))
-    def a_request_ends(self, outcome: Outcome) -> None:
-        was_out, had_trial = self.one.out, self.trials > 0
-        turn = self.one.report(self.now, outcome, lambda: self.spared)
-        if was_out and not had_trial:
+    @rule(outcome=st.sampled_from(["answered", "cut", "failed", "unreachable"]), old=st.booleans())
+    def a_request_ends(self, outcome: Outcome, old: bool) -> None:
+        was_out, trial = self.one.out, self.trials > 0 and not old
+        turn = self.one.report(self.now, outcome, lambda: self.spared, trial=trial)
+        if was_out and not trial:
             assert turn is None
         if turn == "returned":
             assert outcome == "answered"
-        if turn == "ejected" and outcome == "failed" and not was_out:
+        if turn == "ejected" and outcome in ("failed", "cut") and not was_out:
             assert self.spared
-        self.trials = 0
+        if trial:
+            self.trials = 0
+
+    @rule()
+    def an_answer_is_whole(self) -> None:
+        self.one.ended()
 
     @precondition(lambda self: self.one.asked(self.now))
     @rule()
     def a_request_begins(self) -> None:
-        if self.one.out:
-            self.trials += 1
-        self.one.begin()
+        self.trials += self.one.begin()
 
+    @precondition(lambda self: self.trials > 0)
     @rule()
-    def a_caller_leaves(self) -> None:
+    def the_caller_of_a_trial_leaves(self) -> None:
         self.one.abandoned(self.now)
         self.trials = 0
 

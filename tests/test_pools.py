@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gateway.normalize import normalize
 from gateway.policy import Snapshot, load
 from gateway.pools import Opening, Policies, Pools
 from gateway.upstream import Answer
-from tests.proving.backend import EVENTS, Backend, Peer, Step, chunk, forever, ok
+from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, forever, ok
 from tests.proving.house import MODEL, documents
 
 ANSWER = b'{"choices":[{"text":"blue"}],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}'
@@ -41,8 +41,8 @@ def nobody() -> str:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def snapshot(pools: Mapping[str, Any], models: Mapping[str, Any] | None = None) -> Snapshot:
-    policy = {**documents([]), "pools": dict(pools)}
+def snapshot(pools: Mapping[str, Any], models: Mapping[str, Any] | None = None, **sections: Any) -> Snapshot:
+    policy = {**documents([]), "pools": dict(pools), **sections}
     policy["models"] = {MODEL: {"pool": next(iter(pools))}, **(models or {})}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "all.yaml").write_text(yaml.safe_dump(policy, sort_keys=False))
@@ -86,8 +86,10 @@ class Asked:
 
 
 @asynccontextmanager
-async def opened(pools: Mapping[str, Any], models: Mapping[str, Any] | None = None) -> AsyncIterator[Asked]:
-    found = snapshot(pools, models)
+async def opened(
+    pools: Mapping[str, Any], models: Mapping[str, Any] | None = None, **sections: Any
+) -> AsyncIterator[Asked]:
+    found = snapshot(pools, models, **sections)
     policies = Policies(found, Pools(found.pools, {}))
     policies.pools.watch()
     try:
@@ -110,6 +112,30 @@ async def test_one_that_fails_before_an_answer_is_passed_over(steps: tuple[Step,
     assert [(answer.status, body) for answer, body in answers] == [(200, ANSWER)] * 8
     assert {answer.upstream.name for answer, _ in answers} == {good.url.removeprefix("http://")}
     assert max(answer.attempts for answer, _ in answers) == 2
+
+
+async def test_an_answer_that_is_passed_over_is_left() -> None:
+    """Its place is free again, and its connection serves the next request."""
+    async with Backend(status(503)) as bad, Backend(GOOD) as good:
+        async with opened({"demo": pool(bad, good, balance="round_robin")}) as asked:
+            for _ in range(6):
+                assert await asked.status() == 200
+            assert [upstream.in_flight for upstream in asked.pools["demo"].upstreams] == [0, 0]
+        assert len(bad.requests) > 1
+        assert len(bad.peers) == 1
+
+
+async def test_a_caller_that_leaves_before_the_answer_gives_its_place_back() -> None:
+    async with Backend(Peer.request) as silent, opened({"demo": pool(silent)}) as asked:
+        caller = asyncio.ensure_future(asked.answer())
+        while not silent.requests:
+            await asyncio.sleep(0.001)
+        caller.cancel()
+        await asyncio.wait((caller,))
+        assert caller.cancelled()
+        assert asked.pools["demo"].upstreams[0].in_flight == 0
+        async with asyncio.timeout(10):
+            await silent.peers[0].gone.wait()
 
 
 async def test_what_policy_does_not_name_is_not_sent_again() -> None:
@@ -176,6 +202,14 @@ async def test_under_a_brown_out_a_tenth_is_sent_again_and_half_of_the_pool_stay
     assert 1000 < attempts <= 1110
 
 
+async def test_what_was_never_sent_costs_no_budget() -> None:
+    """Of 0 % one a second is left, ten in all: every connection beyond these would be refused its second upstream."""
+    health, retries = {"connect_failures": 1000, "failures": 1000, "error_rate": "100%"}, {"budget": "0%"}
+    async with Backend(GOOD) as good, opened({"demo": pool(nobody(), good, health=health, retries=retries)}) as asked:
+        answers = [(await asked.answer())[0] for _ in range(80)]
+    assert sum(answer.attempts == 2 for answer in answers) > 15
+
+
 async def test_all_attempts_together_take_no_longer_than_the_first_byte_may() -> None:
     """The second one has what the first one left."""
 
@@ -205,6 +239,13 @@ async def test_a_failure_after_two_attempts_tells_an_sdk_not_to_try_again() -> N
         with pytest.raises(UpstreamFailed) as failed:
             await asked.answer()
     assert (b"x-should-retry", b"false") in failed.value.headers()
+
+
+async def test_a_failure_after_one_attempt_leaves_it_to_the_sdk() -> None:
+    async with opened({"demo": pool(nobody())}) as asked:
+        with pytest.raises(UpstreamFailed) as failed:
+            await asked.answer()
+    assert b"x-should-retry" not in dict(failed.value.headers())
 
 
 # — nobody is left
@@ -248,6 +289,23 @@ async def test_one_that_asks_for_rest_is_left_alone_and_the_others_are_not() -> 
     assert busy.value.retry_after == pytest.approx(30, abs=1)
 
 
+async def test_who_finds_all_at_rest_is_told_of_the_first_one_that_may_be_asked() -> None:
+    async with Backend(status(429, b"retry-after: 30")) as long, Backend(status(429, b"retry-after: 9")) as short:
+        async with opened({"demo": pool(long, short)}) as asked:
+            assert [await asked.status() for _ in range(2)] == [429] * 2
+            with pytest.raises(UpstreamsBusy) as busy:
+                await asked.answer()
+    assert busy.value.retry_after == pytest.approx(9, abs=2)
+
+
+async def test_one_that_asks_for_rest_has_not_failed() -> None:
+    async with Backend(status(503, b"retry-after: 0")) as tired, Backend(GOOD) as good:
+        async with opened({"demo": pool(tired, good, retries={"on": ["connect"]})}) as asked:
+            seen = Counter([await asked.status() for _ in range(60)])
+            assert seen[503] > 5
+            assert not asked.pools["demo"].upstreams[0].health.out
+
+
 @pytest.mark.parametrize("when", [b"soon", b"", b"-1", "١".encode()])
 async def test_a_rest_that_cannot_be_read_is_none(when: bytes) -> None:
     async with Backend(status(429, b"retry-after: " + when)) as odd, opened({"demo": pool(odd)}) as asked:
@@ -262,6 +320,23 @@ async def test_what_is_drained_gets_nothing_new() -> None:
         assert one.requests == []
         async with opened({"demo": pool(drained)}) as asked:
             assert await asked.status() == "upstreams_unavailable"
+
+
+async def test_what_is_drained_by_command_gets_nothing_new_until_the_command_is_taken_back() -> None:
+    async with Backend(GOOD) as one, Backend(GOOD) as two:
+        async with opened({"demo": pool(one, two)}) as asked:
+            asked.pools.drain(frozenset({f"demo/127.0.0.1:{one.port}"}))
+            assert {(await asked.answer())[0].upstream.name for _ in range(10)} == {f"127.0.0.1:{two.port}"}
+            asked.pools.drain(frozenset({f"demo/127.0.0.1:{two.port}"}))
+            assert {(await asked.answer())[0].upstream.name for _ in range(10)} == {f"127.0.0.1:{one.port}"}
+
+
+async def test_one_whose_streams_are_all_cut_is_out() -> None:
+    cut = (Peer.request, EVENTS, chunk(b"data: 1\n\n"), Peer.reset)
+    async with Backend(*cut) as bad, Backend(GOOD) as good, opened({"demo": pool(bad, good)}) as asked:
+        seen = Counter([await asked.status() for _ in range(100)])
+        assert asked.pools["demo"].upstreams[0].health.out
+    assert 0 < seen["upstream_disconnected"] < 30
 
 
 async def test_weights_are_shares() -> None:
@@ -348,6 +423,37 @@ async def test_a_model_that_stands_in_is_asked_by_its_own_name_and_in_its_own_wo
     assert json.loads(good.requests[0].body)["max_tokens"] == 5
 
 
+async def test_a_model_whose_family_does_not_take_the_request_does_not_stand_in() -> None:
+    models = {
+        MODEL: {"pool": "demo", "fallback": OTHER},
+        OTHER: {"pool": "spare", "family": "plain", "fallback": "last"},
+        "last": {"pool": "good"},
+    }
+    families = {"plain": {"reasoning_effort": ["low"]}}
+    async with Backend(GOOD) as spare, Backend(GOOD) as good:
+        pools = {"demo": pool(nobody()), "spare": pool(spare), "good": pool(good)}
+        async with opened(pools, models, families=families) as asked:
+            assert (await asked.answer(reasoning_effort="high"))[0].model.name == "last"
+            assert (await asked.answer(reasoning_effort="low"))[0].model.name == OTHER
+
+
+async def test_a_pool_that_does_not_take_the_credential_is_replaced_by_its_fallback() -> None:
+    async with Backend(status(401)) as strict, Backend(GOOD) as good:
+        async with opened({"demo": pool(strict, fallback="spare"), "spare": pool(good)}) as asked:
+            assert [await asked.status() for _ in range(3)] == [200] * 3
+
+
+async def test_what_was_added_for_one_pool_is_not_taken_for_the_callers_own_by_the_next() -> None:
+    """Both ask for usage, and each takes out the event that the caller did not ask for."""
+    extra = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2}}\n\n'
+    stream = EVENTS + chunk(b"data: 1\n\n") + chunk(extra) + END
+    async with Backend(forever(Peer.request, stream)) as good:
+        pools = {"demo": pool(nobody(), usage="inject", fallback="spare"), "spare": pool(good, usage="inject")}
+        async with opened(pools) as asked:
+            _, body = await asked.answer(stream=True)
+    assert body == b"data: 1\n\n"
+
+
 async def test_the_last_failure_is_told_where_all_fail() -> None:
     async with Backend(status(503)) as bad:
         async with opened({"demo": pool(nobody(), fallback="spare"), "spare": pool(bad)}) as asked:
@@ -368,6 +474,28 @@ async def test_what_a_backend_tells_the_gateway_is_not_for_callers(code: int, ex
         assert await asked.status() == expected
         assert asked.pools["demo"].upstreams[0].in_flight == 0
         assert len(backend.requests) == 1
+
+
+async def test_what_a_backend_says_of_itself_stays_here() -> None:
+    theirs = (
+        b"Server: uvicorn",
+        b"Set-Cookie: a=b",
+        b"Alt-Svc: h3",
+        b"Location: /x",
+        b"X-Powered-By: x",
+        b"Strict-Transport-Security: max-age=1",
+        b"WWW-Authenticate: Basic",
+        b"X-RateLimit-Limit: 7",
+        b"RateLimit: x",
+        b"X-Gateway-Request-Id: forged",
+        b"Connection: x-hop",
+        b"X-Hop: 1",
+        b"X-Kept: 2",
+    )
+    async with Backend(forever(Peer.request, ok(ANSWER, *theirs))) as backend:
+        async with opened({"demo": pool(backend)}) as asked:
+            answer, _ = await asked.answer()
+    assert {name.lower() for name, _ in answer.headers} == {b"content-type", b"content-length", b"x-kept"}
 
 
 # — probes
@@ -397,6 +525,41 @@ async def test_a_probe_that_fails_twice_takes_an_upstream_out_and_a_good_one_bri
                     await asyncio.sleep(0.01)
 
 
+async def test_a_probe_that_finds_no_page_has_failed() -> None:
+    """Whatever is no 2xx: what listens there is not the backend that was meant."""
+    async with Backend(status(404)) as other, Backend(GOOD) as good:
+        health = {"probe": "/health", "every": "100ms"}
+        async with opened({"demo": pool(other, good, health=health)}) as asked:
+            async with asyncio.timeout(20):
+                while not asked.pools["demo"].upstreams[0].health.out:
+                    await asyncio.sleep(0.01)
+            assert not asked.pools["demo"].upstreams[1].health.out
+
+
+async def test_reloads_do_not_pile_up_probes_and_none_outlives_its_pool() -> None:
+    def probes() -> int:
+        names = (getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks())
+        return sum(name == "Upstream._probe_for_ever" for name in names)
+
+    async with (
+        Backend(GOOD) as one,
+        opened({"demo": pool(one, health={"probe": "/health", "every": "100ms"})}) as asked,
+    ):
+        pools = asked.pools
+        for _ in range(5):
+            after = Pools(asked.policies.snapshot.pools, {}, pools)
+            after.watch()
+            await pools.retire(after)
+            pools = after
+        assert probes() == 1
+        async with asyncio.timeout(10):
+            while len(one.requests) < 2:
+                await asyncio.sleep(0.01)
+            await pools.retire()
+            while probes():
+                await asyncio.sleep(0)
+
+
 # — policies change
 
 
@@ -419,6 +582,30 @@ async def test_a_reload_keeps_connections_and_what_is_known_and_takes_other_weig
             assert await there.status() == 200
 
 
+async def test_a_reload_that_changes_nothing_goes_on_over_the_same_connection() -> None:
+    async with Backend(GOOD) as one, opened({"demo": pool(one)}) as asked:
+        await asked.answer()
+        after = Pools(asked.policies.snapshot.pools, {}, asked.pools)
+        await asked.pools.retire(after)
+        for _ in range(2):
+            await Asked(Policies(asked.policies.snapshot, after)).answer()
+        assert len(one.peers) == 1
+
+
+async def test_a_reload_takes_another_credential() -> None:
+    keys = {"OLD": "old", "NEW": "new"}
+    async with Backend(GOOD) as one:
+        first, second = (snapshot({"demo": pool({"url": one.url, "key_env": name})}) for name in keys)
+        before = Pools(first.pools, keys)
+        await Asked(Policies(first, before)).answer()
+        after = Pools(second.pools, keys, before)
+        await before.retire(after)
+        await Asked(Policies(second, after)).answer()
+        await after.retire()
+    sent = [dict(request.headers)[b"authorization"] for request in one.requests]
+    assert sent == [b"Bearer old", b"Bearer new"]
+
+
 async def test_a_stream_outlives_the_upstream_that_a_reload_removes() -> None:
     go_on = asyncio.Event()
     async with Backend(Peer.request, EVENTS, chunk(b"data: 1\n\n"), go_on, chunk(b"data: 2\n\n"), b"0\r\n\r\n") as old:
@@ -435,3 +622,96 @@ async def test_a_stream_outlives_the_upstream_that_a_reload_removes() -> None:
             async with asyncio.timeout(5):
                 await old.peers[0].gone.wait()
             await after.retire()
+
+
+# — what reviews found
+
+
+async def test_a_spent_budget_does_not_keep_a_request_from_the_fallback() -> None:
+    async with Backend(status(503)) as bad, Backend(GOOD) as good:
+        pools = {"demo": pool(bad, retries={"budget": "0%"}, fallback="spare"), "spare": pool(good)}
+        async with opened(pools) as asked:
+            assert {await asked.status() for _ in range(40)} == {200}
+
+
+async def test_a_stand_in_has_no_more_time_than_the_model_that_was_asked() -> None:
+    """However long its own pool lets it take: all attempts have the first one's time, and then nobody else is asked."""
+    async with Backend(Peer.request) as silent, Backend(GOOD) as good:
+        times = {"first_byte": "300ms"}
+        models = {MODEL: {"pool": "demo", "timeouts": times, "fallback": OTHER}, OTHER: {"pool": "spare"}}
+        async with opened(
+            {"demo": pool(nobody()), "spare": pool(silent, fallback="last"), "last": pool(good)}, models
+        ) as a:
+            begun = asyncio.get_running_loop().time()
+            assert await a.status() == "upstream_first_byte_timeout"
+            assert asyncio.get_running_loop().time() - begun < 60, "its own would be two minutes"
+        assert good.requests == []
+
+
+async def test_one_whose_key_is_not_taken_is_passed_over_and_then_out() -> None:
+    async with Backend(status(401)) as locked, Backend(GOOD) as good:
+        async with opened({"demo": pool(locked, good)}) as asked:
+            assert {await asked.status() for _ in range(40)} == {200}
+        assert len(locked.requests) == 5
+
+
+async def test_what_is_drained_does_not_count_as_there() -> None:
+    """Of two, one is drained: the other one is all that there is, and failing does not take it out."""
+    async with Backend(status(500)) as failing, Backend(GOOD) as drained:
+        async with opened({"demo": pool(failing, {"url": drained.url, "drain": True})}) as asked:
+            assert {await asked.status() for _ in range(20)} == {500}
+
+
+async def test_a_drain_by_command_outlives_a_reload_that_makes_the_upstream_anew() -> None:
+    async with Backend(GOOD) as one, opened({"demo": pool(one)}) as asked:
+        asked.pools.drain(frozenset({f"demo/{one.url.removeprefix('http://')}"}))
+        other = snapshot({"demo": pool({"url": one.url, "key_env": "ANOTHER"})})
+        after = Pools(other.pools, {}, asked.pools)
+        try:
+            assert await Asked(Policies(other, after)).status() == "upstreams_unavailable"
+        finally:
+            await after.retire()
+
+
+async def test_a_credential_may_end_with_a_line() -> None:
+    """As a file that is mounted as a secret does."""
+    async with Backend(GOOD) as backend:
+        found = snapshot({"demo": pool({"url": backend.url, "key_env": "KEY"})})
+        pools = Pools(found.pools, {"KEY": "secret\n"})
+        try:
+            assert await Asked(Policies(found, pools)).status() == 200
+        finally:
+            await pools.retire()
+    assert dict(backend.requests[0].headers)[b"authorization"] == b"Bearer secret"
+
+
+async def test_streams_that_are_cut_take_an_upstream_out_though_each_begins_well() -> None:
+    async with Backend(Peer.request, EVENTS, chunk(b"data: 1\n\n"), Peer.reset) as cutting, Backend(GOOD) as good:
+        async with opened({"demo": pool(cutting, good)}) as asked:
+            for _ in range(60):
+                with suppress(UpstreamFailed):
+                    await asked.answer()
+        assert len(cutting.requests) == 5
+
+
+async def test_a_caller_who_leaves_while_an_answer_is_closed_leaves_no_seat_behind() -> None:
+    async with Backend(forever(Peer.request, ok(ANSWER))) as backend, opened({"demo": pool(backend)}) as asked:
+        upstream = asked.pools["demo"].upstreams[0]
+        opening = asked.opening()
+        answer = await opening.__aenter__()
+        closing = asyncio.Event()
+
+        async def slowly() -> None:
+            closing.set()
+            await asyncio.Event().wait()
+
+        with pytest.MonkeyPatch.context() as patch:
+            stream = answer._stream
+            close = stream.aclose
+            patch.setattr(stream, "aclose", slowly)
+            leaving = asyncio.ensure_future(opening.__aexit__(None, None, None))
+            await closing.wait()
+            leaving.cancel()
+            await asyncio.wait((leaving,))
+        await close()
+        assert upstream.in_flight == 0

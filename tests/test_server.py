@@ -11,12 +11,12 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import pytest
 
 from gateway import server
-from gateway.asgi import Message, Receive, Scope, Send
+from gateway.asgi import END, POUR, Message, Receive, Scope, Send
 from gateway.server import FIELDS, HEAD, TARGET, Patience, Protocol, config
 from tests.corpus.requests import CHUNKED, GET, GROUPS, LENGTH, head
 from tests.proving.house import Caller, served
@@ -233,6 +233,31 @@ class _Transport(asyncio.Transport):
     def resume_reading(self) -> None: ...
 
 
+class _Plain(_Transport):
+    """One that can close its sending side alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = False
+        self.reads = True
+
+    def write(self, data: Any) -> None:
+        assert not self.ended
+        super().write(data)
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def resume_reading(self) -> None:
+        self.reads = True
+
+
 class _Clock:
     """An event loop with a clock of its own."""
 
@@ -267,6 +292,9 @@ class _Clock:
         return sum(not timer.cancelled for timer in self.timers)
 
 
+T = TypeVar("T", bound=_Transport)
+
+
 class _Timer:
     def __init__(self, due: float, callback: Callable[[], None]) -> None:
         self.due = due
@@ -281,7 +309,11 @@ class _Timer:
 
 
 def connection(application: Any) -> tuple[Protocol, _Transport, _Clock]:
-    clock, transport = _Clock(), _Transport()
+    return over(_Transport(), application)
+
+
+def over(transport: T, application: Any) -> tuple[Protocol, T, _Clock]:
+    clock = _Clock()
     protocol = Protocol(config=config(application, drain=1), server_state=_State(), app_state={}, _loop=clock)
     protocol.connection_made(transport)
     return protocol, transport, clock
@@ -645,6 +677,142 @@ async def test_a_connection_that_is_lost_leaves_no_timer() -> None:
     assert clock.armed == 0
 
 
+# — a close while the caller still sends
+
+
+class Early(Recorder):
+    """Answers before the request is here."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.answer(scope, receive, send)
+
+
+async def test_who_still_sends_when_he_is_refused_has_a_second_to_read_why() -> None:
+    protocol, transport, clock = over(_Plain(), Recorder())
+    protocol.data_received(head(CHUNKED) + b"zz")
+    refused(transport.written, 400, "invalid_http")
+    for _ in range(2):
+        protocol.data_received(bytes(1000))
+    clock.passes(0.9)
+    assert (transport.ended, transport.closed) == (True, False)
+    clock.passes(0.1)
+    assert (transport.closed, transport.aborted) == (True, False)
+
+
+async def test_who_sends_too_much_of_what_nobody_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_DROPPED", 5000)
+    protocol, transport, _ = over(_Plain(), Recorder())
+    protocol.data_received(head(CHUNKED) + b"zz")
+    protocol.data_received(bytes(5000))
+    assert not transport.closed
+    protocol.data_received(b"a")
+    assert transport.aborted
+
+
+async def test_what_comes_too_early_is_not_a_reason_to_cut_who_is_owed_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "_DROPPED", 10)
+    slow = Slow()
+    protocol, transport, _ = over(_Plain(), slow)
+    protocol.data_received(HELLO * 2)
+    protocol.data_received(HELLO)
+    assert not transport.closed
+    slow.go.set()
+    await until(lambda: transport.ended)
+    assert (transport.written, transport.closed) == (LAST, False)  # and he may read it
+
+
+async def test_what_comes_after_the_last_answer_is_not_looked_at() -> None:
+    protocol, transport, _ = over(_Plain(), Early())
+    protocol.data_received(head(CHUNKED))
+    await until(lambda: transport.ended)
+    protocol.data_received(b"no chunk")
+    assert transport.written == LAST
+
+
+async def test_what_waits_in_the_socket_is_dropped_too_before_a_close() -> None:
+    """Reading had been paused; a close with something unread would be a reset."""
+    protocol, transport, _ = over(_Plain(), Early())
+    protocol.data_received(head(b"Content-Length: 1000000") + bytes(100_000))
+    assert not transport.reads
+    await until(lambda: transport.ended)
+    assert transport.reads
+
+
+async def test_empty_lines_without_end_are_refused_once() -> None:
+    protocol, transport, _ = over(_Plain(), Recorder())
+    for _ in range(2):
+        protocol.data_received(b"\r\n" * HEAD)
+    refused(transport.written, 431, "headers_too_large")
+    assert (transport.ended, transport.closed) == (True, False)
+
+
+# — what is poured
+
+
+class Pouring(Recorder):
+    """Begins an answer with these fields, pours a piece, and ends it when it is told to."""
+
+    def __init__(self, *fields: tuple[bytes, bytes]) -> None:
+        super().__init__()
+        self.fields = list(fields)
+        self.took: list[bool] = []
+        self.go = asyncio.Event()
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.fields})
+        self.pour = scope[POUR]
+        self.took.append(self.pour(b"first"))
+        await self.go.wait()
+        await send(END)
+
+
+CHUNKS = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def test_a_piece_is_poured_behind_the_head_and_in_one_write_with_it() -> None:
+    pouring = Pouring()
+    protocol, transport, _ = connection(pouring)
+    protocol.data_received(HELLO)
+    await until(lambda: bool(pouring.took))
+    await asyncio.sleep(0)
+    assert pouring.pour(b"another")
+    pouring.go.set()
+    await until(lambda: len(transport.writes) == 3)
+    assert transport.writes == [CHUNKS + b"5\r\nfirst\r\n", b"7\r\nanother\r\n", b"0\r\n\r\n"]
+    assert pouring.took == [True]
+
+
+async def test_nothing_is_poured_into_a_body_of_a_known_length() -> None:
+    pouring = Pouring((b"content-length", b"5"))
+    protocol, transport, _ = connection(pouring)
+    protocol.data_received(HELLO)
+    await until(lambda: bool(transport.writes))
+    assert pouring.took == [False]
+    assert transport.written.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("how", ["he does not read", "he is lost", "he was closed by asyncio"])
+async def test_nothing_is_poured_for_a_caller_who_does_not_take_it(how: str) -> None:
+    pouring = Pouring()
+    protocol, transport, _ = connection(pouring)
+    protocol.data_received(HELLO)
+    await until(lambda: bool(transport.writes))
+    match how:
+        case "he does not read":
+            protocol.pause_writing()
+        case "he is lost":
+            protocol.connection_lost(ConnectionResetError())
+        case _:
+            transport.closed = True
+    assert not pouring.pour(b"more")
+    assert transport.written == CHUNKS + b"5\r\nfirst\r\n"
+    if how == "he does not read":
+        protocol.resume_writing()
+        assert pouring.pour(b"more")
+
+
 # — the same over sockets
 
 
@@ -776,11 +944,6 @@ async def test_who_closes_his_sending_side_has_left() -> None:
 
 async def test_an_answer_before_the_end_of_its_request_is_the_last() -> None:
     """The rest of the body is not read: an upload without end is cut."""
-
-    class Early(Recorder):
-        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            await self.answer(scope, receive, send)
-
     async with served(Early()) as url, connected(url) as caller:
         caller.writer.write(head(b"Content-Length: 10000000000"))
         assert await asyncio.wait_for(caller.rest(), SOON) == LAST
@@ -870,3 +1033,51 @@ async def test_a_connection_that_died_by_itself_is_not_written_to() -> None:
     noted.closed = True
     await asyncio.sleep(0)
     assert noted.writes == []
+
+
+# — leaving, and the end of the process
+
+
+async def test_who_closes_his_side_with_a_little_unread_has_left_at_once() -> None:
+    """asyncio would first write what he may never take, and tell nobody."""
+    application = Pouring()
+    protocol, transport, _ = over(_Plain(), application)
+    protocol.data_received(HELLO)
+    await asyncio.sleep(0)
+    transport.waiting = 1000
+    protocol.eof_received()
+    assert transport.aborted
+    application.go.set()
+
+
+async def test_who_closes_his_side_and_does_not_take_his_answer_is_cut() -> None:
+    protocol, transport, clock = over(_Plain(), Recorder())
+    protocol.data_received(HELLO)
+    await asyncio.sleep(0.05)
+    assert protocol.cycle.response_complete
+    transport.waiting = 1000
+    protocol.eof_received()
+    assert not transport.aborted
+    clock.passes(31)
+    assert transport.aborted
+
+
+async def test_a_request_whose_body_comes_while_the_process_ends_is_the_last_one() -> None:
+    recorder = Recorder()
+    protocol, transport, _ = over(_Plain(), recorder)
+    protocol.data_received(head(b"Content-Length: 4") + b"ab")
+    protocol.shutdown()
+    protocol.data_received(b"cd")
+    await asyncio.sleep(0.05)
+    assert b"connection: close" in transport.written
+    assert transport.closed
+
+
+async def test_a_deadline_says_nothing_on_a_connection_that_is_closed_already() -> None:
+    protocol, transport, clock = over(_Plain(), Recorder())
+    protocol.data_received(b"POST / HTTP/1.1\r\n")
+    clock.passes(9.5)
+    protocol.data_received(b"\x00\r\n")
+    written = transport.written
+    clock.passes(0.6)
+    assert (transport.ended, transport.written) == (True, written)

@@ -76,6 +76,16 @@ async def test_the_event_that_he_asked_for_stays_and_his_other_options_too(store
     assert json.loads(request.body)["stream_options"] == {"include_usage": True, "chunk_size": 3}
 
 
+@pytest.mark.parametrize("given", [None, {}, {"include_usage": None}, {"include_usage": False}])
+async def test_options_that_do_not_ask_for_the_event_are_no_wish_for_it(store_url: str, given: Any) -> None:
+    asked = json.dumps({"model": MODEL, "prompt": "x", "stream": True, "stream_options": given}).encode()
+    async with Backend(forever(Peer.request, chunked(*WORDS, EXTRA, DONE))) as backend:
+        async with gateway(store_url, pool(backend, usage="inject")) as house:
+            assert await streamed(house, asked) == b"".join((*WORDS, DONE))
+    (request,) = backend.requests
+    assert json.loads(request.body)["stream_options"] == {"include_usage": True}
+
+
 async def test_a_stream_that_ends_with_the_event_ends_all_the_same(store_url: str) -> None:
     """Nothing is left to be sent with the end but the end."""
     async with Backend(forever(Peer.request, chunked(*WORDS, EXTRA))) as backend:
@@ -139,6 +149,37 @@ async def test_a_half_event_that_is_held_back_is_not_sent_before_the_error(store
     assert b'"upstream_disconnected"' in rest
 
 
+# — pieces that come one by one
+
+
+async def test_events_that_come_one_by_one_leave_one_by_one_and_are_billed(store_url: str) -> None:
+    """Each is read before the next one is sent: whoever writes it, it is written at once, and counted once."""
+    turn, events = asyncio.Event(), [b'data: {"choices":[{"text":"%d"}]}\n\n' % i for i in range(6)]
+
+    async def one_by_one(peer: Peer) -> None:
+        for event in events:
+            await turn.wait()
+            turn.clear()
+            await peer.send(chunk(event))
+        await turn.wait()
+        await peer.send(chunk(DONE))
+        await asyncio.sleep(0.05)  # so that it is not read together with the end
+
+    async with Backend(Peer.request, EVENTS, one_by_one, END) as backend:
+        async with gateway(store_url, pool(backend)) as house:
+            async with house.caller(await house.key(), STREAM) as caller:
+                await caller.head()
+                for event in events:
+                    turn.set()
+                    assert await caller.reader.readexactly(len(chunk(event))) == chunk(event)
+                turn.set()
+                assert await caller.reader.readuntil(END) == chunk(DONE) + END
+            await house.settled()
+    (row,) = rows(store_url)
+    assert (row["output_tokens"], row["source"]) == (len(events), "counted")
+    assert row["bytes_out"] == sum(map(len, events)) + len(DONE)
+
+
 # — comments
 
 
@@ -150,6 +191,7 @@ async def test_a_stream_that_does_not_begin_is_kept_alive_by_comments_where_the_
                 head = await caller.head()
                 assert head.startswith(b"HTTP/1.1 200")
                 assert b"content-type: text/event-stream" in head.lower()
+                assert b"x-gateway-request-id: req_" in head.lower()
                 comment = chunk(b": keep-alive\n\n")
                 assert await caller.reader.readexactly(2 * len(comment)) == 2 * comment
                 go_on.set()
@@ -161,6 +203,10 @@ async def test_a_stream_that_does_not_begin_is_kept_alive_by_comments_where_the_
 
 REFUSALS: dict[str, tuple[tuple[Step, ...], str]] = {
     "an error": ((b"HTTP/1.1 400 X\r\ncontent-length: 2\r\n\r\n{}",), "upstream_late"),
+    "an error as events": (
+        (b"HTTP/1.1 400 X\r\ncontent-type: text/event-stream\r\ncontent-length: 2\r\n\r\n{}",),
+        "upstream_late",
+    ),
     "nothing": ((Peer.reset,), "upstream_disconnected"),
 }
 
@@ -183,10 +229,36 @@ async def test_what_fails_after_comments_is_told_as_an_event(
 
 
 async def test_a_plain_answer_waits_without_comments(store_url: str) -> None:
-    async with Backend(Peer.request, ok(ANSWER)) as backend:
+    async def late(peer: Peer) -> None:
+        await asyncio.sleep(1.5)
+
+    async with Backend(Peer.request, late, ok(ANSWER)) as backend:
         async with gateway(store_url, pool(backend, comments="1s")) as house:
             async with house.client(await house.key()) as client:
                 assert (await client.post("/v1/completions", content=BODY)).content == ANSWER
+
+
+async def test_a_stream_that_has_begun_gets_no_comments(store_url: str) -> None:
+    """Between two pieces of an event one would be a part of it."""
+    half = len(WORDS[0]) // 2
+
+    async def late(peer: Peer) -> None:
+        await asyncio.sleep(1.5)
+
+    steps = (EVENTS, chunk(WORDS[0][:half]), late, chunk(WORDS[0][half:]), chunk(DONE), END)
+    async with Backend(Peer.request, *steps) as backend:
+        async with gateway(store_url, pool(backend, comments="1s")) as house:
+            assert await streamed(house) == WORDS[0] + DONE
+
+
+async def test_a_503_that_was_tried_twice_tells_an_sdk_not_to_try_again(store_url: str) -> None:
+    busy = forever(Peer.request, b"HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\n{}")
+    async with Backend(busy) as one, Backend(busy) as two:
+        for backends, told in (((one, two), "false"), ((one,), None)):
+            async with gateway(store_url, documents([backend.url for backend in backends])) as house:
+                async with house.client(await house.key()) as client:
+                    answer = await client.post("/v1/completions", content=BODY)
+            assert (answer.status_code, answer.headers.get("x-should-retry")) == (503, told)
 
 
 # — the way
@@ -220,3 +292,40 @@ async def test_http_1_0_is_told_to_speak_1_1(store_url: str) -> None:
         writer.write(b"POST /v1/completions HTTP/1.0\r\nauthorization: Bearer %b\r\n\r\n" % key)
         assert (await reader.read()).startswith(b"HTTP/1.1 505")
         writer.close()
+
+
+async def test_a_stream_of_known_length_may_lose_an_event_or_get_one(store_url: str) -> None:
+    """A proxy before the backend has collected it: the length is not passed on."""
+    whole = b"".join((*WORDS, EXTRA, DONE))
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n"
+    async with Backend(forever(Peer.request, head % len(whole) + whole)) as backend:
+        async with gateway(store_url, pool(backend, usage="inject")) as house:
+            assert await streamed(house) == b"".join((*WORDS, DONE))
+    async with Backend(Peer.request, head % len(whole), WORDS[0], Peer.close) as backend:
+        async with gateway(store_url, pool(backend)) as house:
+            async with house.caller(await house.key(), STREAM) as caller:
+                await caller.head()
+                rest = await caller.rest()
+    assert rest.startswith(chunk(WORDS[0]))
+    assert b"upstream_disconnected" in rest
+    assert not rest.endswith(END)
+
+
+async def test_who_leaves_as_the_answer_comes_leaves_nothing_open(store_url: str) -> None:
+    """Whichever turn of the event loop it is in, and with comments on their way."""
+    async with Backend(forever(Peer.request, ok(ANSWER))) as backend:
+        async with gateway(store_url, pool(backend, comments="1s")) as house:
+            key = await house.key()
+            for turns in range(30):
+                async with house.caller(key, STREAM) as caller:
+                    before = len(backend.requests)
+                    while len(backend.requests) == before:
+                        await asyncio.sleep(0)
+                    for _ in range(turns % 10):
+                        await asyncio.sleep(0)
+                    caller.writer.transport.abort()
+            await house.settled()
+            upstream = house.gateway.live.policies.pools["demo"].upstreams[0]
+            async with asyncio.timeout(5):
+                while upstream.in_flight:
+                    await asyncio.sleep(0.01)
