@@ -54,7 +54,7 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes] = 
         name = header[0].lower()
         if name in _HOP_BY_HOP:
             if name == b"connection":
-                named += [word.strip().lower() for word in header[1].split(b",")]
+                named += _nominated(header[1])
         elif name not in drop:
             kept.append(header)
     return [header for header in kept if header[0].lower() not in named] if named else kept
@@ -62,8 +62,11 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]], drop: frozenset[bytes] = 
 
 def named_by_connection(headers: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
     """The names that Connection nominates: they belong to this hop, and do not travel."""
-    values = [value for name, value in headers if name == b"connection"]
-    return {word.strip().lower() for value in values for word in value.split(b",")}
+    return {word for name, value in headers if name == b"connection" for word in _nominated(value)}
+
+
+def _nominated(connection: bytes) -> list[bytes]:
+    return [word.strip().lower() for word in connection.split(b",")]
 
 
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:

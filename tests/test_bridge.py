@@ -24,25 +24,19 @@ from gateway.language import Timeouts
 from gateway.wire import Stream, trusting
 from tests.corpus.responses import CASES, Case
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunked, forever, ok, play
-from tests.test_wire import black_hole, demanding, fails, server_tls
+from tests.test_wire import Timed, black_hole, demanding, fails, server_tls
 
 BODY = b'{"prompt": "hello"}'
 
 
-class Timed(Bridge):
-    """A bridge whose requests all have the same timeouts, unless they bring their own."""
-
-    timeouts = Timeouts()
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        request.extensions.setdefault("timeouts", self.timeouts)
-        return await super().handle_async_request(request)
+class TimedBridge(Timed, Bridge):
+    pass
 
 
 @asynccontextmanager
 async def bridged(url: str, *, ca: Path | None = None, **timeouts: str) -> AsyncIterator[Bridge]:
     """A bridge to an upstream; at the end nothing may be in flight."""
-    bridge = Timed(url, ssl_context=None if ca is None else trusting(str(ca), None, None))
+    bridge = TimedBridge(url, ssl_context=None if ca is None else trusting(str(ca), None, None))
     bridge.timeouts = Timeouts.model_validate(timeouts)
     try:
         yield bridge

@@ -27,8 +27,8 @@ from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunk
 BODY = b'{"prompt": "hello"}'
 
 
-class Timed(Wire):
-    """A wire whose requests all have the same timeouts, unless they bring their own."""
+class Timed(httpx.AsyncBaseTransport):
+    """A transport whose requests all have the same timeouts, unless they bring their own."""
 
     timeouts = Timeouts()
 
@@ -37,10 +37,14 @@ class Timed(Wire):
         return await super().handle_async_request(request)
 
 
+class TimedWire(Timed, Wire):
+    pass
+
+
 @asynccontextmanager
 async def wired(backend: Backend, **timeouts: str) -> AsyncIterator[Wire]:
     """A wire to the backend; at the end nothing may be in flight."""
-    wire = Timed(backend.url)
+    wire = TimedWire(backend.url)
     wire.timeouts = Timeouts.model_validate(timeouts)
     try:
         yield wire
@@ -775,7 +779,7 @@ def black_hole() -> Iterator[str]:
 
 async def test_an_upstream_that_does_not_accept_is_told_as_a_connect_timeout() -> None:
     with black_hole() as url:
-        wire = Timed(url)
+        wire = TimedWire(url)
         wire.timeouts = Timeouts.model_validate({"connect": "50ms"})
         with fails("upstream_connect_timeout", UpstreamTimeout):
             await asyncio.wait_for(ask(wire), 1)

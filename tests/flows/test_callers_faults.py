@@ -9,54 +9,25 @@ import asyncio
 import json
 import socket
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
-import redis
 
 from gateway.server import Patience, Protocol
-from tests.flows.test_ten_sentences import ANSWER, BODY, ONE_SEAT, STREAM, plan, rows
-from tests.proving.backend import EVENTS, Backend, Peer, Step, chunk, completion, first, forever, ok, whole
+from tests.flows.test_ten_sentences import ANSWER, STREAM, rows
+from tests.flows.test_upstream_faults import SOON
+from tests.flows.test_upstream_faults import case as any_case
+from tests.proving.backend import EVENTS, Backend, Peer, chunk, completion, first, forever, ok, whole
 from tests.proving.chaos import Chaos, reset
 from tests.proving.house import Caller, House, documents, gateway
 from tests.proving.load import completion_request, fire, fixed, poisson, read
 
-SOON = 10.0
-
-
-@dataclass
-class Case:
-    """One gateway before one backend, with one seat for everybody."""
-
-    house: House
-    key: str
-    backend: Backend
-    store_url: str
-
-    async def row(self) -> dict[str, Any]:
-        await self.house.settled()
-        (row,) = rows(self.store_url)
-        return row
-
-
-@asynccontextmanager
-async def case(store_url: str, *steps: Step) -> AsyncIterator[Case]:
-    """The steps are played on the first connection only. At the end it is closed, and another request is served."""
-    async with Backend(first(*steps, then=whole(ANSWER))) as backend:
-        policy = documents([], plans=plan(ONE_SEAT))
-        policy["pools"] = {"demo": {"upstreams": [{"url": backend.url, "max_in_flight": 1}]}}
-        async with gateway(store_url, policy) as house:
-            case = Case(house, await house.key(), backend, store_url)
-            yield case
-            await asyncio.wait_for(backend.peers[0].gone.wait(), SOON)
-            await house.settled()
-            async with house.client(case.key) as client:
-                assert (await client.post("/v1/completions", content=BODY)).status_code == 200
-        with redis.Redis.from_url(store_url) as store:
-            assert store.zcard("{acme}:seats:seat:research") == 0
+# A caller's faults do not need a backend's deadlines to be short.
+case = partial(any_case, timeouts={})
 
 
 def impatient(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
