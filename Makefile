@@ -1,11 +1,12 @@
 # Every target works on a fresh clone by itself: it makes .venv from the hash-pinned lock files first.
 PYTHON ?= python3
 VENV := .venv
+NODE := tests/clients/node/node_modules
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench prove-streams docs lock clean
+.PHONY: help run install test check format bench prove-streams prove-contract docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -15,7 +16,7 @@ run: $(VENV)/.runtime ## the gateway with an embedded Valkey and a demo backend,
 
 install: $(VENV)/.runtime ## the .venv alone
 
-test: $(VENV)/.dev ## the whole test suite: real Valkey, real sockets
+test: $(VENV)/.dev $(NODE)/.package-lock.json ## the whole test suite: real Valkey, real sockets
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/.dev ## ruff (format and lint), mypy strict, the documents
@@ -33,6 +34,9 @@ bench: $(VENV)/.dev ## CPU per request and per event, beside nginx in the same r
 
 prove-streams: $(VENV)/.dev ## 10,000 random streams byte for byte, 10,000 cut ones that never look complete
 	$(BIN)/python -m tests.proving.streams --streams 10000 $(ARGS)
+
+prove-contract: $(VENV)/.dev ## the whole API by schemathesis: 500 examples of each operation, good and bad
+	CONTRACT_EXAMPLES=500 $(BIN)/python -m pytest tests/test_openapi.py -k reaches --timeout 3600 $(ARGS)
 
 docs: $(VENV)/.dev ## write the generated tables of README.md and policies/
 	$(BIN)/python -m tests.docs --write
@@ -62,3 +66,7 @@ $(VENV)/.runtime: requirements.lock pyproject.toml | $(BIN)/python
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.runtime
 	$(PIP) install --require-hashes -r requirements-dev.lock
 	@touch $@
+
+# The SDK for Node, where npm is; without it the tests that need it skip.
+$(NODE)/.package-lock.json: tests/clients/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix $(dir $<) --silent --no-audit --no-fund && touch $@; fi

@@ -2,12 +2,12 @@
 
 The files stand on floors; a file imports only what stands before it in this list (tests/test_floors.py holds it true).
 
-floor 0, words:      errors, asgi
-floor 1, documents:  settings, documents, language, policy
-floor 2, decisions:  identity, contract, normalize, usage, terms, standings, hops, sse, health, balance
-floor 3, resources:  store, keys, drains, admission, wire, bridge, upstream, pools, ledger
-floor 4, exchange:   exchange, proxy
-floor 5, process:    telemetry, reload, echo, app, server, cli
+floor 0, words:     errors, asgi, uploads, endpoints
+floor 1, documents: settings, documents, language, policy
+floor 2, decisions: identity, members, contract, normalize, context, usage, terms, standings, hops, sse, health, balance
+floor 3, resources: store, keys, drains, admission, wire, bridge, upstream, pools, ledger
+floor 4, exchange:  exchange, proxy
+floor 5, process:   telemetry, reload, echoes, echo, openapi, reference, app, server, cli
 """
 
 __version__ = "0.1.0"

@@ -20,7 +20,7 @@ import msgspec
 import redis.exceptions
 import structlog
 
-from gateway.errors import GatewayError, InternalError, StoreUnavailable
+from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
 from gateway.policy import Limit, windows_around
 from gateway.standings import Standing, refusal
 from gateway.store import Arg, Coalesced, Item, Script, Store, StoreAway
@@ -45,6 +45,9 @@ class Admissible(Protocol):
     id: str
     terms: Terms
 
+    @property
+    def dialect(self) -> Dialect: ...
+
     def end(self, error: BaseException | None) -> None: ...
 
     def record(self) -> UsageRecord: ...
@@ -55,7 +58,7 @@ class Admissible(Protocol):
 class Lease:
     """An admitted request, and where its caller stands."""
 
-    __slots__ = ("_admission", "id", "request", "since", "standings", "terms")
+    __slots__ = ("_admission", "asked", "id", "request", "since", "standings", "terms")
 
     def __init__(self, admission: Admission, request: Admissible) -> None:
         self._admission = admission
@@ -63,9 +66,10 @@ class Lease:
         self.id = request.id
         self.terms = request.terms
         self.standings: tuple[Standing, ...] = ()
-        self.since = 0.0
+        self.asked = self.since = 0.0  # when it was asked for, and given, in time.monotonic()
 
     async def __aenter__(self) -> Lease:
+        self.asked = time.monotonic()
         self.standings = await self._admission.take(self)
         return self
 
@@ -117,7 +121,7 @@ class Admission:
             raise InternalError("the store refused the admission script") from refusal
         standings = tuple(map(Standing, terms.charges, rows[0::3], [reset / 1e6 for reset in rows[1::3]], rows[2::3]))
         if verdict not in (_ADMITTED, _REPEATED):
-            raise _refusal(verdict, standings, binding - 1, wait / 1e6)
+            raise _refusal(verdict, standings, binding - 1, wait / 1e6, lease.request.dialect)
         lease.since = time.monotonic()
         self._live[lease.id] = lease
         return standings
@@ -298,11 +302,13 @@ def sums_field(record: UsageRecord) -> str:
     return msgspec.json.encode([record.team, record.key, record.user or "", record.model]).decode()
 
 
-def _refusal(verdict: int, standings: tuple[Standing, ...], binding: int, wait: float) -> GatewayError:
+def _refusal(
+    verdict: int, standings: tuple[Standing, ...], binding: int, wait: float, dialect: Dialect
+) -> GatewayError:
     if verdict == _GIVEN_UP:
         return StoreUnavailable("the store of keys and limits answered too late", retry_after=1)
     if verdict == _FOREIGN:
         charge = standings[binding].charge
         _log.error("foreign_count", limit=charge.limit.name, count=charge.key)
         return InternalError(f"the count of the limit {charge.limit.name} cannot be read: its key holds something else")
-    return refusal(standings, standings[binding], wait)
+    return refusal(standings, standings[binding], wait, dialect)

@@ -8,11 +8,13 @@ what is left after the escapes are undone.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,26 +22,36 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway import drains, reload
+from gateway import drains, policy, reload
 from gateway.admission import Admission
 from gateway.asgi import Receive, Scope, Send, refuse
-from gateway.errors import BadRequest, GatewayError, InternalError, MethodNotAllowed, NotFound, StoreUnavailable
+from gateway.endpoints import ENDPOINTS, PREFIXES, Endpoint
+from gateway.errors import (
+    BadRequest,
+    Dialect,
+    GatewayError,
+    InternalError,
+    MethodNotAllowed,
+    NotFound,
+    Shape,
+    StoreUnavailable,
+    shape_for,
+)
 from gateway.hops import pseudonym
 from gateway.keys import KeyRing
-from gateway.policy import load
+from gateway.openapi import openapi
 from gateway.pools import Live
 from gateway.proxy import Proxy
+from gateway.reference import page
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.telemetry import observer
 from gateway.terms import may_use
 
-# As OpenAI's base URL has it, and as the reference's server URL does.
-PREFIXES = ("/v1", "/inference/v1")
-ENDPOINTS = ("completions", "chat/completions")
-_INFERENCE = {f"{prefix}/{endpoint}".encode(): endpoint for prefix in PREFIXES for endpoint in ENDPOINTS}
+_INFERENCE = {f"{prefix}/{name}".encode(): endpoint for prefix in PREFIXES for name, endpoint in ENDPOINTS.items()}
 
-_POST = [(b"allow", b"POST")]
+# A path that may be a route's, without the prefix that the reference's server URL has before it.
+_ROUTE = re.compile(rb"(?:/inference)?(/v1(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+)")
 
 # Escapes that make two readers see two paths: of / \ . NUL CR and LF.
 _AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)
@@ -58,6 +70,9 @@ class Gateway:
         self._rest = Starlette(
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),
+                *(Route(f"{prefix}/models/{{name:path}}", self._model, methods=["GET"]) for prefix in PREFIXES),
+                Route("/openapi.json", self._openapi, methods=["GET"]),
+                Route("/docs", self._docs, methods=["GET"]),
                 Route("/healthz/live", self._live, methods=["GET"]),
                 Route("/healthz/ready", self._ready, methods=["GET"]),
             ],
@@ -67,29 +82,64 @@ class Gateway:
         self._rest.router.redirect_slashes = False  # an exact table: no path is mended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw_path = scope.get("raw_path", b"")
+        raw_path, method = scope.get("raw_path", b""), scope["method"]
         endpoint = _INFERENCE.get(raw_path)
-        if endpoint is None:
-            if raw_path in self._beside:
-                await self._rest(scope, receive, send)
+        if endpoint is not None:
+            if method == "POST":
+                await self._proxy(endpoint, scope, receive, send)
             else:
-                await refuse(send, _nowhere(raw_path))
-        elif scope["method"] == "POST":
-            await self._proxy(endpoint, scope, receive, send)
+                await _refuse(scope, send, _not_for(method, ("POST",)), endpoint)
+        elif raw_path in self._beside or raw_path.startswith(_ONE_MODEL):
+            await self._rest(scope, receive, send)
+        elif (route := self._route(raw_path)) is None:
+            await _refuse(scope, send, _nowhere(raw_path))
+        elif method in route.methods:
+            await self._proxy(route, scope, receive, send)
         else:
-            await refuse(send, MethodNotAllowed(f"{scope['method']} is not for this path", headers=_POST), close=True)
+            await _refuse(scope, send, _not_for(method, route.methods))
+
+    def _route(self, raw_path: bytes) -> policy.Route | None:
+        """The policies' route of a path that no two readers can take for two."""
+        path = _ROUTE.fullmatch(raw_path)
+        if path is None or _AMBIGUOUS.search(raw_path):
+            return None
+        return self.live.policies.snapshot.route(path[1].decode())
 
     async def _models(self, request: Request) -> Response:
         """The models that the caller may use."""
+        may = self._may(request)
+        usable = [_shown(model) for model in self.live.policies.snapshot.public_models if may(model)]
+        ends = {"first_id": usable[0]["id"], "last_id": usable[-1]["id"]} if usable else {}
+        return JSONResponse({"object": "list", "data": usable, "has_more": False, **ends})
+
+    async def _model(self, request: Request) -> Response:
+        """One of them, by whichever of its names."""
+        may = self._may(request)
+        model = self.live.policies.snapshot.model(request.path_params["name"])
+        if model is None or not may(model):
+            raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
+        return JSONResponse(_shown(model))
+
+    def _may(self, request: Request) -> Callable[[policy.Model], bool]:
+        """Whether the caller may use a model."""
         principal = self.keys.identify(request.scope["headers"])
+        team = self.live.policies.snapshot.teams.get(principal.team)
+        return lambda model: team is not None and may_use(principal, team, model.name)
+
+    async def _openapi(self, request: Request) -> Response:
+        """What may be asked here, for programs."""
+        document, _ = await self._described()
+        return Response(document, media_type="application/json")
+
+    async def _docs(self, request: Request) -> Response:
+        """What may be asked here, for people."""
+        _, page = await self._described()
+        return Response(page, headers=_PAGE, media_type="text/html")
+
+    async def _described(self) -> tuple[bytes, bytes]:
         snapshot = self.live.policies.snapshot
-        team = snapshot.teams.get(principal.team)
-        usable = [
-            {"id": model.name, "object": "model", "created": 0, "owned_by": model.pool}
-            for model in snapshot.public_models
-            if team is not None and may_use(principal, team, model.name)
-        ]
-        return JSONResponse({"object": "list", "data": usable})
+        routes = tuple((path, tuple(route.methods)) for path, route in snapshot.routes.items())
+        return await asyncio.to_thread(_described, snapshot.gateway.profile, routes)
 
     async def _live(self, request: Request) -> Response:
         """The event loop turns; nothing else is asked, so that nothing else restarts a process."""
@@ -110,7 +160,38 @@ class Gateway:
         return JSONResponse(body, status_code=503 if reasons else 200)
 
 
-_NO_PATH = "no such path; see /v1/models, /v1/completions and /v1/chat/completions"
+# The page has nothing from elsewhere, and no script.
+_PAGE = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'", "x-content-type-options": "nosniff"}
+
+_NO_PATH = "no such path; see /v1/models, /openapi.json and /docs"
+_ONE_MODEL = tuple(f"{prefix}/models/".encode() for prefix in PREFIXES)
+
+
+def _shown(model: policy.Model) -> dict[str, object]:
+    """A model as OpenAI's clients read it, and Anthropic's."""
+    openai = {"id": model.name, "object": "model", "created": 0, "owned_by": model.pool}
+    return {**openai, "type": "model", "display_name": model.name, "created_at": "1970-01-01T00:00:00Z"}
+
+
+@lru_cache(maxsize=2)
+def _described(profile: str, routes: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[bytes, bytes]:
+    document = openapi(profile, routes)
+    return json.dumps(document).encode(), page(document).encode()
+
+
+def _not_for(method: str, allowed: Iterable[str]) -> MethodNotAllowed:
+    headers = [(b"allow", ", ".join(sorted(allowed)).encode())]
+    return MethodNotAllowed(f"{method} is not for this path, expected {', '.join(sorted(allowed))}", headers=headers)
+
+
+async def _refuse(scope: Scope, send: Send, error: GatewayError, endpoint: Endpoint | None = None) -> None:
+    """Refuse what never became an exchange; its body is not read."""
+    shape = _shape(scope, "openai" if endpoint is None else endpoint.dialect)
+    await refuse(send, error, shape=shape, close=scope["method"] != "GET")
+
+
+def _shape(scope: Scope, dialect: Dialect) -> Shape:
+    return shape_for(dialect, (value for name, value in scope["headers"] if name == b"accept"))
 
 
 def _nowhere(raw_path: bytes) -> GatewayError:
@@ -131,12 +212,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     """Our own shape for whatever the router refuses."""
     if isinstance(error, HTTPException):
         if error.status_code == 405:
-            allowed = [(b"allow", (error.headers or {}).get("Allow", "POST").encode())]
-            error = MethodNotAllowed(f"{request.method} is not for this path", headers=allowed)
+            error = _not_for(request.method, (error.headers or {}).get("Allow", "GET").split(", "))
         else:
             error = NotFound(_NO_PATH)
     assert isinstance(error, GatewayError)
-    status, headers, body = error.render()
+    status, headers, body = error.render(_shape(request.scope, "openai"))
     response = Response(body, status)
     response.raw_headers.extend(headers)
     return response
@@ -148,7 +228,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
-    policies = reload.opened(load(settings.policies))
+    policies = reload.opened(policy.load(settings.policies))
     policies.pools.watch()
     store = Store(store_url, deadline=settings.store_deadline)
     secret = pepper(settings)

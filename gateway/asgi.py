@@ -11,7 +11,7 @@ from email.utils import formatdate
 from types import TracebackType
 from typing import Any
 
-from gateway.errors import ClientGone, GatewayError, TooLarge
+from gateway.errors import ClientGone, GatewayError, Shape, TooLarge
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -98,9 +98,17 @@ async def read_body(scope: Scope, receive: Receive, at_most: int) -> bytes:
     raise ClientGone
 
 
-async def refuse(send: Send, error: GatewayError, *, headers: RawHeaders | None = None, close: bool = False) -> None:
-    """Answer with an error; `close` ends the connection, for a body that was not read."""
-    status, own, body = error.render()
+async def refuse(
+    send: Send,
+    error: GatewayError,
+    *,
+    shape: Shape = "openai",
+    called: str | None = None,
+    headers: RawHeaders | None = None,
+    close: bool = False,
+) -> None:
+    """Answer with an error; `called` is the id of the request, `close` ends the connection, for a body not read."""
+    status, own, body = error.render(shape, called)
     await respond(send, status, body, own + (headers or []), close=close or error.closes)
 
 

@@ -11,6 +11,9 @@ with it a connection, for itself. Shared,
 
 Alone, it can be cancelled at any moment and thrown away. A connection that speaks HTTP/2 and whose answer has ended
 serves the next exchange; one that speaks HTTP/1.1 never does, for the last reason.
+
+A streamed body is sent to its end before httpcore listens: what an upstream answers earlier is heard then, and not at
+all from one that has closed by then. The wire hears both.
 """
 
 from __future__ import annotations
@@ -85,16 +88,15 @@ class Bridge(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         asked_at = loop.time()
         end_by = since + timeouts.total
-        answer_by = min(since + timeouts.first_byte, end_by)
         line = self._take()
         try:
-            response = await self._ask(line, request, timeouts.connect, answer_by, end_by)
+            response = await self._ask(line, request, timeouts, since)
         except UpstreamFailed as failed:
             late = loop.time() - asked_at > AT_ONCE
             if line.fresh or late or failed.code != "upstream_disconnected" or "body" not in request.extensions:
                 raise
             line = _Line(self._ssl)
-            response = await self._ask(line, request, timeouts.connect, answer_by, end_by)
+            response = await self._ask(line, request, timeouts, since)
         body = Body(self, line, response, request.method, timeouts, end_by)
         return httpx.Response(response.status_code, headers=response.headers.raw, stream=body)
 
@@ -105,25 +107,30 @@ class Bridge(httpx.AsyncBaseTransport):
         expiry.cancel()
         return line
 
-    async def _ask(
-        self, line: _Line, request: httpx.Request, connect: float, answer_by: float, end_by: float
-    ) -> httpx.Response:
+    async def _ask(self, line: _Line, request: httpx.Request, timeouts: Timeouts, since: float) -> httpx.Response:
         body = request.extensions.get("body")
+        streams = body is None and not isinstance(request.stream, httpx.ByteStream)
+        deadlines = _Deadlines(timeouts, since, streams=streams)
+        stream = request.stream if body is None else httpx.ByteStream(body)
+        sending = _Sending(cast(httpx.AsyncByteStream, stream), deadlines) if streams else None
         own = httpx.Request(
             request.method,
             self._origin.copy_with(raw_path=request.url.raw_path),
             headers=request.headers,
-            stream=request.stream if body is None else httpx.ByteStream(body),
+            stream=sending or stream,
             extensions=dict(self._extensions),
         )
         self.busy.add(line)
         try:
-            response = await line.ask(own, asyncio.get_running_loop().time() + connect, answer_by, end_by)
+            response = await line.ask(own, deadlines)
             if not _valid(response):
                 raise failure_of("upstream_protocol_error")
         except BaseException:
             await self.end(line)
             raise
+        finally:
+            if sending is not None:
+                await sending.aclose()
         return response
 
     async def aclose(self) -> None:
@@ -151,6 +158,66 @@ class Bridge(httpx.AsyncBaseTransport):
         return closing
 
 
+class _Deadlines:
+    """The next of the moments that an exchange has until its head is here, on one `clock`; `code` is what it is then.
+
+    Where its body streams, the upstream is waited for in turn with the caller, and only the total counts for both.
+    """
+
+    def __init__(self, timeouts: Timeouts, since: float, *, streams: bool) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeouts = timeouts
+        self._end_by = since + timeouts.total
+        self._answer_by = self._end_by if streams else min(since + timeouts.first_byte, self._end_by)
+        connect_by = self._loop.time() + timeouts.connect
+        sooner = connect_by < self._answer_by
+        self.code = "upstream_connect_timeout" if sooner else "upstream_first_byte_timeout"
+        self.clock = asyncio.timeout_at(min(connect_by, self._answer_by))
+
+    def connected(self) -> None:
+        self._until(self._answer_by, "upstream_first_byte_timeout")
+
+    def sending(self) -> None:
+        """The caller is waited for."""
+        self._until(self._end_by, "upstream_total_timeout")
+
+    def given(self) -> None:
+        """The upstream has a piece to take."""
+        self._until(self._loop.time() + self._timeouts.idle, "upstream_idle_timeout")
+
+    def sent(self) -> None:
+        """The upstream has everything."""
+        self._until(self._loop.time() + self._timeouts.first_byte, "upstream_first_byte_timeout")
+
+    def _until(self, due: float, code: str) -> None:
+        self.code = code if due < self._end_by else "upstream_total_timeout"
+        self.clock.reschedule(min(due, self._end_by))
+
+
+class _Sending(httpx.AsyncByteStream):
+    """A streamed body on its way: whom it waits for is told to the deadlines."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, deadlines: _Deadlines) -> None:
+        self._pieces = cast("AsyncGenerator[bytes, None]", aiter(stream))
+        self._deadlines = deadlines
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._deadlines.sending()
+        try:
+            piece = await anext(self._pieces)
+        except StopAsyncIteration:
+            self._deadlines.sent()
+            raise
+        self._deadlines.given()
+        return piece
+
+    async def aclose(self) -> None:
+        await self._pieces.aclose()
+
+
 class _Network(Protocol):
     """httpcore.AsyncNetworkStream, as far as it is used."""
 
@@ -171,7 +238,7 @@ class _Line:
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None),
         )
 
-    async def ask(self, request: httpx.Request, connect_by: float, answer_by: float, end_by: float) -> httpx.Response:
+    async def ask(self, request: httpx.Request, deadlines: _Deadlines) -> httpx.Response:
         """The head of the answer. Where it raises, the line must be closed."""
         self.fresh = connected = False
 
@@ -182,18 +249,14 @@ class _Line:
                 self._network = info["return_value"]
             elif not connected and event.startswith("http"):  # http11. or http2., after all of connection.
                 connected = True
-                clock.reschedule(answer_by)
+                deadlines.connected()
 
         request.extensions["trace"] = trace
         try:
-            async with asyncio.timeout_at(min(connect_by, answer_by)) as clock:
+            async with deadlines.clock:
                 return await self._transport.handle_async_request(request)
         except TimeoutError as late:
-            if not connected:
-                code = "upstream_connect_timeout" if connect_by < answer_by else "upstream_first_byte_timeout"
-            else:
-                code = "upstream_first_byte_timeout" if answer_by < end_by else "upstream_total_timeout"
-            raise failure_of(code) from late
+            raise failure_of(deadlines.code) from late
         except ssl.SSLError as refused:  # a certificate that the upstream misses: in TLS 1.3 it says so afterwards
             raise failure_of("upstream_connect_failed") from refused
         except _FOREIGN as failed:

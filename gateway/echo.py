@@ -1,153 +1,87 @@
 """A scripted model backend: the one fake of the project, for the first run, for demonstrations and for tests.
 
-It speaks the completions and chat API the way a Fireworks-style backend does. A token is a word, and what it generates
-is the prompt's own words, over and over. Play with it:
+It speaks the APIs below the way a Fireworks-style backend does. A token is a word, and what it generates is the
+prompt's own words, over and over. Play with it:
 
     curl -N localhost:8000/v1/completions -H 'content-type: application/json' \
         -d '{"model": "any", "prompt": "to be or not #pace=0.2", "stream": true}'
 
-How to misbehave is told in the request, by words of the prompt (in a chat: of the last user message), or by the header
-`x-echo: delay=0.2; tokens=50`, which wins and keeps prompts clean. Words that direct are prompt tokens like any other,
-but they are not repeated.
+    POST /v1/completions             the prompt's words, JSON or a stream
+    POST /v1/chat/completions        those of the last user message, JSON or a stream
+    POST /v1/responses               those of the input's last user message, JSON or a stream with named events
+    POST /v1/messages                Anthropic's API: the same, and errors in Anthropic's shape
+    POST /v1/embeddings              a vector for each text, always the same, as floats or in base64
+    POST /v1/rerank                  the documents, by how many of the query's words they have
+    POST /v1/images/generations      one tiny PNG, n times; an image counts as so many tokens of output
+    POST /v1/images/edits            the same, from a form
+    POST /v1/audio/transcriptions    the words of the form's prompt, as if heard in its file; JSON or a stream
+    GET  /v1/models                  the model `echo`; any other name is served, too
+
+How to misbehave is told in the request, by words of the prompt (in a chat: of the last user message; in a rerank: of
+the query), or by the header `x-echo: delay=0.2; tokens=50`, which wins and keeps prompts clean. Words that direct are
+prompt tokens like any other, but they are not repeated.
 
     #tokens=50         produces 50 tokens in each choice, or max_tokens if that is fewer; without either: 16
     #delay=0.2         seconds before the first byte
     #pace=0.01         seconds between tokens
     #usage=finish      reports usage in the finish chunk, as Fireworks does unasked; or `extra`, in a chunk of its own,
-                       as OpenAI does by stream_options; `every`, so far, in each chunk, as vLLM can; `none`, nowhere
+                       as OpenAI does by stream_options; `every`, so far, in each chunk, as vLLM can; `none`, nowhere.
+                       Streams of other APIs have one place for it, and know `none` only
     #cached=3          says that 3 of the prompt's tokens came from a cache
     #status=503        answers with this error and produces nothing
     #retry-after=2     with #status: asks to wait 2 seconds
+    #context=100       has a context window of 100 tokens, and refuses a prompt and max_tokens beyond it, as vLLM does
+    #strict-openai     refuses context_length_exceeded_behavior, as OpenAI does what it does not know
     #cut=5             drops the connection after 5 tokens, without a proper end; an answer that is no stream, half-way
-    #error=5           ends a stream after 5 tokens with an error event and [DONE], as vLLM does
+    #error=5           ends a stream after 5 tokens with an error event (and [DONE], where there is one), as vLLM does
     #garbage           puts an event that is no JSON before the finish chunk; the answer that is no stream is no JSON
     #split=7           writes 7 bytes at a time, so that events arrive in pieces
 
-GET /echo/ledger tells what was served, as this side counted it; DELETE /echo/ledger forgets it. With GATEWAY_ECHO_KEY
-in the environment, /v1 asks for that bearer key.
+GET /echo/ledger tells what was served, as this side counted it; DELETE /echo/ledger forgets it. Of a form it keeps the
+fields and, for each file, name, size and SHA-256. With GATEWAY_ECHO_KEY in the environment, /v1 asks for that key, as
+bearer or x-api-key.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
-from itertools import accumulate, cycle, islice
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from email import message_from_string
+from email.message import Message
+from typing import Literal
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.echoes import (
+    APIS,
+    Ask,
+    Event,
+    File,
+    Json,
+    Refusal,
+    Said,
+    Script,
+    Streaming,
+    encode,
+    openai_error,
+    read_script,
+    refused,
+)
+
 KEPT = 50_000  # entries of the ledger; older ones are forgotten, so that a long demonstration stays small
 STRANGER = "found no key, or another than GATEWAY_ECHO_KEY"
-DEFAULT_TOKENS = 16  # what max_tokens was by default, before the API left it to the model
-
-Json: TypeAlias = dict[str, Any]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=3600)]
-encode = msgspec.json.encode
-
-
-class Script(msgspec.Struct, frozen=True, kw_only=True, rename="kebab", forbid_unknown_fields=True):
-    """What to do with one request: the table above, as types."""
-
-    tokens: Count | None = None
-    delay: Seconds = 0
-    pace: Seconds = 0
-    usage: Literal["finish", "extra", "every", "none"] | None = None
-    cached: Count = 0
-    status: Annotated[int, msgspec.Meta(ge=400, le=599)] | None = None
-    retry_after: Count | None = None
-    cut: Count | None = None
-    error: Count | None = None
-    garbage: bool = False
-    split: Annotated[int, msgspec.Meta(ge=1)] | None = None
-
-
-DIRECTIVES = frozenset(f.encode_name for f in msgspec.structs.fields(Script))
-
-
-def directs(word: str) -> bool:
-    return word[0] == "#" and word[1:].partition("=")[0] in DIRECTIVES
-
-
-def read_script(texts: Sequence[str], header: str = "") -> Script:
-    """The script in a request's texts and in its header. Raises msgspec.ValidationError for what cannot be one."""
-    words = [word[1:] for text in texts if "#" in text for word in text.split() if directs(word)]
-    words += [word.strip() for word in header.split(";") if word.strip()]
-    return msgspec.convert({k: v or "true" for k, _, v in (w.partition("=") for w in words)}, Script, strict=False)
-
-
-# — requests: the members that matter here; all others are welcome
-
-
-class Completion(msgspec.Struct):
-    model: str
-    prompt: str | Annotated[list[str | int | list[int]], msgspec.Meta(min_length=1)]
-    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = 1
-    stream: bool | None = False
-    stream_options: Json | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    perf_metrics_in_response: bool | None = False
-    echo: bool | None = False
-    logprobs: bool | int | None = None
-
-    names: ClassVar = ("cmpl", "text_completion", "text_completion")  # prefix of ids; an answer's object, a chunk's
-    opening: ClassVar[Json] = {}  # what a streamed choice begins with, if anything
-    closing: ClassVar[Json] = {"text": ""}  # what its finish chunk carries
-
-    def texts(self) -> list[str]:
-        """What is to be continued, prompt by prompt."""
-        alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        prompts: Sequence[object] = [self.prompt] if alone else self.prompt
-        return [" ".join(map(str, p)) if isinstance(p, list) else str(p) for p in prompts]
-
-    def prompt_tokens(self) -> int:
-        return sum(len(text.split()) for text in self.texts())
-
-    def member(self, text: str) -> Json:
-        """How a choice carries a text, whole or a piece of it."""
-        return {"text": text}
-
-
-class Part(msgspec.Struct):
-    text: str | None = None
-
-
-class Message(msgspec.Struct):
-    role: str
-    content: str | list[Part] | None = None
-
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else " ".join(p.text or "" for p in self.content or ())
-
-
-class Chat(Completion, kw_only=True):
-    prompt: str = ""
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
-
-    names = ("chatcmpl", "chat.completion", "chat.completion.chunk")
-    opening = {"delta": {"role": "assistant", "content": ""}}
-    closing = {"delta": {}}
-
-    def texts(self) -> list[str]:
-        return [next((m.text() for m in reversed(self.messages) if m.role == "user"), "")]
-
-    def prompt_tokens(self) -> int:
-        return sum(len(m.text().split()) for m in self.messages)
-
-    def member(self, text: str) -> Json:
-        return {"delta": {"content": text}} if self.stream else {"message": {"role": "assistant", "content": text}}
 
 
 @dataclass(slots=True)
@@ -157,7 +91,7 @@ class Entry:
     id: str
     path: str
     headers: Sequence[tuple[bytes, bytes]]
-    body: bytes
+    body: bytes = b""
     model: str | None = None
     stream: bool = False
     prompt_tokens: int = 0
@@ -171,92 +105,79 @@ class Entry:
         return {**row, "headers": headers, "body": self.body.decode(errors="replace")}
 
 
-# — answers: decided first, written afterwards
+# — forms, read as they come
 
 
-class Answer:
-    """What is said to one request: each prompt n times, continued by its own words."""
-
-    def __init__(self, ask: Completion, script: Script, entry: Entry, metrics: Json) -> None:
-        self.ask, self.script, self.prompt_tokens = ask, script, entry.prompt_tokens
-        limit = ask.max_completion_tokens if ask.max_tokens is None else ask.max_tokens
-        self.count = min((n for n in (script.tokens, limit) if n is not None), default=DEFAULT_TOKENS)
-        stopped = script.tokens is not None and (limit is None or script.tokens < limit)
-        self.finish = "stop" if stopped else "length"
-        self.said = [self._say(text) for text in ask.texts() for _ in range(ask.n or 1)]
-        self.total = self.count * len(self.said)
-        prefix, *objects = ask.names
-        named = {"id": f"{prefix}-{entry.id}", "object": objects[bool(ask.stream)]}
-        self.head = {**named, "created": int(time.time()), "model": ask.model}
-        self.perf = {"perf_metrics": metrics} if ask.perf_metrics_in_response else {}
-
-    def _say(self, text: str) -> tuple[str, list[str]]:
-        """What a choice echoes of its prompt, and its tokens with the blanks between them."""
-        spoken = [word for word in text.split() if not directs(word)] or ["echo"]
-        words = [f" {word}" for word in islice(cycle(spoken), self.count)]
-        return (text, words) if self.ask.echo else ("", [word[1:] for word in words[:1]] + words[1:])
-
-    def _choice(self, index: int, member: Json, finish: str | None, words: Sequence[str] = (), at: int = 0) -> Json:
-        logprobs: Json | None = None
-        if words and type(self.ask.logprobs) is int:  # the legacy form; the one that `true` asks for is not played
-            logprobs = {"tokens": words, "token_logprobs": [-0.5] * len(words)}
-            logprobs["top_logprobs"] = [{word: -0.5} for word in words]
-            logprobs["text_offset"] = [*accumulate(map(len, words), initial=at)][:-1]
-        return {"index": index, **member, "logprobs": logprobs, "finish_reason": finish}
-
-    def usage(self, tokens: int) -> Json:
-        counts = {"prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens + tokens}
-        details = {"cached_tokens": self.script.cached}
-        return {"usage": {**counts, "completion_tokens": tokens, "prompt_tokens_details": details}}
-
-    def whole(self) -> bytes:
-        """The answer in one piece."""
-        if self.script.garbage:
-            return b"<html>no json</html>"
-        choices = [
-            self._choice(i, self.ask.member(echoed + "".join(words)), self.finish, words, len(echoed))
-            for i, (echoed, words) in enumerate(self.said)
-        ]
-        usage = {} if self.script.usage == "none" else self.usage(self.total)
-        return encode({**self.head, "choices": choices, **usage, **self.perf})
-
-    def events(self) -> Iterator[tuple[float, int, object]]:
-        """The answer as a stream: the seconds before each event, the tokens in it, its data."""
-        ask, script, at = self.ask, self.script, [len(echoed) for echoed, _ in self.said]
-        report = script.usage or ("extra" if (ask.stream_options or {}).get("include_usage") else "finish")
-        done = 0
-
-        def chunk(choice: Json) -> Json:
-            usage = self.usage(done) if report == "every" else {"usage": None} if report == "extra" else {}
-            return {**self.head, "choices": [choice], **usage}
-
-        for i, (echoed, _) in enumerate(self.said):
-            for member in [ask.opening] * bool(ask.opening) + [ask.member(echoed)] * bool(echoed):
-                yield 0, 0, chunk(self._choice(i, member, None))
-        tokens = ((n, i, words[n]) for n in range(self.count) for i, (_, words) in enumerate(self.said))
-        for n, i, word in islice(tokens, script.error):
-            done += 1
-            yield script.pace if n and not i else 0, 1, chunk(self._choice(i, ask.member(word), None, [word], at[i]))
-            at[i] += len(word)
-        if script.error is not None and script.error <= self.total:
-            yield 0, 0, {"error": error(500, "the script ends here")}
-        else:
-            if script.garbage:
-                yield 0, 0, b"{no json"
-            for i in range(len(self.said)):
-                finish = chunk(self._choice(i, ask.closing, self.finish))
-                if i == len(self.said) - 1:
-                    finish |= self.perf | (self.usage(done) if report == "finish" else {})
-                yield 0, 0, finish
-            if report == "extra":
-                yield 0, 0, {**self.head, "choices": [], **self.usage(done)}
-        yield 0, 0, b"[DONE]"
+class NoForm(Exception):
+    """What came is no multipart form."""
 
 
-def error(code: int, message: str) -> Json:
-    """The error object, as Fireworks fills OpenAI's."""
-    kind = "server_error" if code >= 500 else "rate_limit_error" if code == 429 else "invalid_request_error"
-    return {"object": "error", "type": kind, "code": kind, "param": None, "message": message}
+class Pieces:
+    """Bytes that come in pieces, read up to one mark after another. Raises NoForm where they end before it."""
+
+    def __init__(self, stream: AsyncIterator[bytes]) -> None:
+        self._stream = stream
+        self._rest = b"\r\n"  # every boundary follows a line, but for the first
+
+    async def until(self, mark: bytes) -> AsyncIterator[bytes]:
+        """What comes before the mark, which is taken, too."""
+        while (at := self._rest.find(mark)) < 0:
+            sure = max(len(self._rest) - len(mark) + 1, 0)
+            yield self._rest[:sure]
+            self._rest = self._rest[sure:] + await self._more()
+        yield self._rest[:at]
+        self._rest = self._rest[at + len(mark) :]
+
+    async def closing(self) -> bool:
+        """Whether the boundary that was taken is the last one; the rest is read then, and its line end otherwise."""
+        while len(self._rest) < 2:
+            self._rest += await self._more()
+        if self._rest[:2] != b"--":
+            return False
+        async for _ in self._stream:
+            pass
+        return True
+
+    async def _more(self) -> bytes:
+        piece = await anext(self._stream, b"")
+        if not piece:
+            raise NoForm("the form ends in the midst of a part, expected its last boundary")
+        return piece
+
+
+async def joined(pieces: AsyncIterator[bytes]) -> str:
+    return b"".join([piece async for piece in pieces]).decode()
+
+
+async def digested(filename: str, pieces: AsyncIterator[bytes]) -> File:
+    """What is kept of a file, of which no more than a piece is ever here."""
+    size, digest = 0, hashlib.sha256()
+    async for piece in pieces:
+        size += len(piece)
+        digest.update(piece)
+    return File(filename, size, digest.hexdigest())
+
+
+async def read_form(request: Request) -> bytes:
+    """A form as JSON: its fields as strings, its files as File; a name that comes again has a list."""
+    kind = Message()
+    kind["content-type"] = request.headers.get("content-type", "")
+    boundary = kind.get_boundary()
+    if kind.get_content_type() != "multipart/form-data" or not boundary:
+        raise NoForm(f"found {kind['content-type']!r}, expected multipart/form-data with a boundary")
+    pieces, mark = Pieces(request.stream()), f"\r\n--{boundary}".encode()
+    parts: dict[str, list[str | File]] = {}
+    await joined(pieces.until(mark))
+    while not await pieces.closing():
+        head = message_from_string((await joined(pieces.until(b"\r\n\r\n"))).lstrip())
+        name, filename = head.get_param("name", header="content-disposition"), head.get_filename()
+        value = pieces.until(mark)
+        part = await joined(value) if filename is None else await digested(filename, value)
+        parts.setdefault(str(name), []).append(part)
+    return encode({name: values[0] if len(values) == 1 else values for name, values in parts.items()})
+
+
+# — answers
 
 
 @dataclass(slots=True)
@@ -267,14 +188,15 @@ class Reply:
     send: Send
     gone: asyncio.Task[None]
     script: Script
+    names: Sequence[str]  # of the headers that tell the request's id
 
     async def pause(self, seconds: float) -> None:
         if seconds > 0 and (await asyncio.wait({self.gone}, timeout=seconds))[0]:
             raise BrokenPipeError
 
-    async def start(self, code: int, content_type: str, headers: Json) -> None:
+    async def start(self, code: int, content_type: str, headers: Mapping[str, object]) -> None:
         self.entry.code = code
-        given = {"content-type": content_type, "x-request-id": self.entry.id, **headers}
+        given = {"content-type": content_type, **dict.fromkeys(self.names, self.entry.id), **headers}
         raw = [(name.encode(), str(value).encode("latin-1")) for name, value in given.items()]
         await self.send({"type": "http.response.start", "status": code, "headers": raw})
 
@@ -293,7 +215,7 @@ class Reply:
         await self.send({"type": "http.response.body", "body": b""})
         self.entry.status = "complete"
 
-    async def json(self, code: int, body: bytes, headers: Json, tokens: int = 0) -> None:
+    async def json(self, code: int, body: bytes, headers: Mapping[str, object], tokens: int = 0) -> None:
         await self.start(code, "application/json", {"content-length": len(body), **headers})
         if self.script.cut is not None and self.script.cut <= tokens:
             await self.write(body[: len(body) // 2], self.script.cut)
@@ -301,88 +223,104 @@ class Reply:
         await self.write(body, tokens)
         await self.end()
 
-    async def stream(self, events: Iterator[tuple[float, int, object]], headers: Json) -> None:
+    async def stream(self, ask: Streaming, events: Iterator[Event], headers: Mapping[str, object]) -> None:
         await self.start(200, "text/event-stream", headers)
-        for seconds, tokens, data in events:
+        for data, tokens, seconds in events:
             await self.pause(seconds)
-            await self.write(b"data: %s\n\n" % (data if isinstance(data, bytes) else encode(data)), tokens)
+            await self.write(ask.framed(data), tokens)
         await self.end()
 
 
 # — the application
 
 
-@dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One of the two APIs, as an ASGI application."""
+    """One of the APIs, as an ASGI application."""
 
-    decode: Callable[[bytes], Completion]
-    ledger: deque[Entry]
-    bearer: str | None
+    def __init__(self, api: type[Ask], ledger: deque[Entry], key: str | None) -> None:
+        self.api, self.ledger, self.key = api, ledger, key
+        self.decode = msgspec.json.Decoder(api, strict=not api.form).decode  # all that a form has is text
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        try:
-            body = await request.body()
-        except ClientDisconnect:
-            return  # a request that never was
-        entry = Entry(request.headers.get("x-request-id") or uuid.uuid4().hex, scope["path"], scope["headers"], body)
+        entry = Entry(request.headers.get("x-request-id") or uuid.uuid4().hex, scope["path"], scope["headers"])
         self.ledger.append(entry)
-        gone = asyncio.create_task(hang_up(receive))
         try:
-            await self.serve(request.headers, Reply(entry, send, gone, Script()))
-        except BrokenPipeError:
+            asked = await self.read(request, entry)
+            async with hearing(receive) as gone:
+                await self.answer(asked, Reply(entry, send, gone, Script(), self.api.id_headers))
+        except (BrokenPipeError, ClientDisconnect):
             pass  # an answer without its end tells an ASGI server to close the connection
         finally:
-            gone.cancel()
             if entry.status == "running":
                 entry.status = "aborted"
 
-    async def serve(self, headers: Headers, reply: Reply) -> None:
-        began, entry = time.perf_counter(), reply.entry
-
-        async def refuse(code: int, message: str, headers: Json) -> None:
-            await reply.json(code, encode({"error": error(code, message), "request_id": entry.id}), headers)
-
-        if self.bearer and headers.get("authorization") != self.bearer:
-            return await refuse(401, STRANGER, {"www-authenticate": "Bearer"})
+    async def read(self, request: Request, entry: Entry) -> tuple[Ask, Script] | Refusal:
+        """What is asked, and how to answer; or why it cannot be told."""
         try:
+            entry.body = await (read_form(request) if self.api.form else request.body())
+            if not known(request, self.key):
+                return Refusal(401, STRANGER, headers={"www-authenticate": "Bearer"})
             ask = self.decode(entry.body)
-            script = read_script(ask.texts(), headers.get("x-echo", ""))
-        except (msgspec.DecodeError, UnicodeDecodeError) as mistake:
-            return await refuse(400, str(mistake), {})
-        entry.model, entry.stream, reply.script = ask.model, bool(ask.stream), script
+            script = read_script(ask.texts(), request.headers.get("x-echo", ""))
+        except (NoForm, msgspec.DecodeError, UnicodeDecodeError) as mistake:
+            return Refusal(400, str(mistake))
+        entry.model, entry.stream = ask.model, ask.streamed
+        return ask, script
+
+    async def answer(self, asked: tuple[Ask, Script] | Refusal, reply: Reply) -> None:
+        began, entry = time.perf_counter(), reply.entry
+        if isinstance(asked, Refusal):
+            return await self.refuse(asked, reply)
+        ask, script = asked
+        reply.script = script
         await reply.pause(script.delay)
-        if script.status:
-            after = {} if script.retry_after is None else {"retry-after": script.retry_after}
-            return await refuse(script.status, "the script says so", after)
+        if refusal := refused(ask, script):
+            return await self.refuse(refusal, reply)
 
-        entry.prompt_tokens = ask.prompt_tokens()
-        metrics: Json = {"prompt-tokens": entry.prompt_tokens, "cached-prompt-tokens": script.cached}
-        metrics["server-time-to-first-token"] = round(time.perf_counter() - began, 4)
-        named = {f"fireworks-{name}": value for name, value in metrics.items()}
-        answer = Answer(ask, script, entry, metrics)
-        if ask.stream:
-            return await reply.stream(answer.events(), named)
-        await reply.pause(script.pace * (answer.count - 1))
-        return await reply.json(200, answer.whole(), named, answer.total)
+        said = Said(ask, script, entry.id, time.perf_counter() - began)
+        entry.prompt_tokens = said.input
+        headers = {f"fireworks-{name}": value for name, value in said.metrics.items()}
+        if isinstance(ask, Streaming) and ask.streamed:
+            return await reply.stream(ask, ask.events(said), headers)
+        await reply.pause(script.pace * (said.count - 1))
+        body = b"<html>no json</html>" if script.garbage else encode(ask.whole(said))
+        return await reply.json(200, body, headers, said.total)
+
+    async def refuse(self, refusal: Refusal, reply: Reply) -> None:
+        error = self.api.error(refusal.status, refusal.message, reply.entry.id, refusal.code)
+        await reply.json(refusal.status, encode(error), refusal.headers)
 
 
-async def hang_up(receive: Receive) -> None:
-    """Returns when the client is gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def known(request: Request, key: str | None) -> bool:
+    """Whether the caller has the key, if there is one."""
+    given = (request.headers.get("authorization"), request.headers.get("x-api-key"))
+    return key is None or given[0] == f"Bearer {key}" or given[1] == key
+
+
+@asynccontextmanager
+async def hearing(receive: Receive) -> AsyncIterator[asyncio.Task[None]]:
+    """What is done when the client is gone; what it has not been read of, is thrown away."""
+
+    async def hang_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    gone = asyncio.create_task(hang_up())
+    try:
+        yield gone
+    finally:
+        gone.cancel()
 
 
 def create_app() -> Starlette:
     """The backend, with a ledger of its own; reads GATEWAY_ECHO_KEY."""
-    key = os.environ.get("GATEWAY_ECHO_KEY")
-    bearer = f"Bearer {key}" if key else None
+    key = os.environ.get("GATEWAY_ECHO_KEY") or None
     ledger: deque[Entry] = deque(maxlen=KEPT)
 
     async def models(request: Request) -> Response:
-        if bearer and request.headers.get("authorization") != bearer:
-            return JSONResponse({"error": error(401, STRANGER)}, 401)
+        if not known(request, key):
+            return JSONResponse(openai_error(401, STRANGER, ""), 401)
         data = [{"id": "echo", "object": "model", "owned_by": "echo", "created": 0}]
         return JSONResponse({"object": "list", "data": data})
 
@@ -392,12 +330,9 @@ def create_app() -> Starlette:
         ledger.clear()
         return Response(status_code=204)
 
-    completions = Endpoint(msgspec.json.Decoder(Completion).decode, ledger, bearer)
-    chat = Endpoint(msgspec.json.Decoder(Chat).decode, ledger, bearer)
     return Starlette(
         routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chat, methods=["POST"]),
+            *(Route(path, Endpoint(api, ledger, key), methods=["POST"]) for path, api in APIS.items()),
             Route("/v1/models", models),
             Route("/echo/ledger", accounts, methods=["GET", "DELETE"]),
             Route("/health", JSONResponse({"status": "ok"})),

@@ -1,30 +1,38 @@
 """The error family: status, code and whose fault, rendered in one place.
 
-An error is raised where it is known and rendered once, at the door. The text says what was found and what was
-expected; it never carries a key, a prompt or a backend's own words.
+An error is raised where it is known and rendered once, at the door, in the shape that the caller reads: OpenAI's,
+Anthropic's, or a problem document. The text says what was found and what was expected; it never carries a key, a prompt
+or a backend's own words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from math import ceil
 from typing import ClassVar, Literal
+from urllib.parse import quote
 
 import msgspec
 
 Fault = Literal["caller", "upstream", "gateway"]
+Dialect = Literal["openai", "anthropic"]
+Shape = Literal["openai", "anthropic", "problem"]
 Headers = Sequence[tuple[bytes, bytes]]
+Object = Mapping[str, object]
 
 
 class GatewayError(Exception):
     """A request that the gateway answers itself.
 
     `status` is the HTTP status, `type` and `code` are OpenAI's words for it, `param` names the member of the request
-    that is at fault, `retry_after` is in seconds, `headers` go out beside the usual ones.
+    that is at fault, `retry_after` is in seconds, `headers` go out beside the usual ones, `policies` are the names of
+    the limits that refuse it.
     """
 
-    status: ClassVar[int] = 500
+    status: int = 500
     type: ClassVar[str] = "server_error"
     code: str | None = None
     fault: ClassVar[Fault] = "gateway"
@@ -38,6 +46,7 @@ class GatewayError(Exception):
         param: str | None = None,
         retry_after: float | None = None,
         headers: Headers = (),
+        policies: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -45,10 +54,15 @@ class GatewayError(Exception):
         self.param = param
         self.retry_after = retry_after
         self.extra_headers = headers
+        self.policies = tuple(policies)
 
-    def body(self) -> Mapping[str, object]:
+    def body(self) -> Object:
         """OpenAI's error object: message, type, param and code, all four present."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def extensions(self) -> Object:
+        """What a problem document says beyond RFC 9457's members."""
+        return {"error": self.body()["error"]} | ({"violated-policies": self.policies} if self.policies else {})
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the answer carries beside its length: Retry-After in whole seconds, and in milliseconds for the SDKs."""
@@ -60,9 +74,95 @@ class GatewayError(Exception):
             ]
         return headers
 
-    def render(self) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    def told(self, shape: Shape = "openai", called: str | None = None) -> Object:
+        """The body in a shape, as an object; `called` is the id of the request."""
+        if shape == "anthropic":
+            kind = _ANTHROPIC.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": called}
+        if shape == "problem":
+            kind, title = _PROBLEMS.get(self.status, ("about:blank", _phrase(self.status)))
+            what = {"type": kind, "title": title, "status": self.status, "detail": self.message}
+            which = {} if called is None else {"instance": "urn:request:" + quote(called, safe="/:+=")}
+            return {**what, **which, **self.extensions()}
+        return self.body()
+
+    def render(
+        self, shape: Shape = "openai", called: str | None = None
+    ) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         """Status, headers and body, ready to be sent."""
-        return self.status, self.headers(), msgspec.json.encode(self.body())
+        headers = self.headers()
+        if shape == "problem":
+            headers[0] = (b"content-type", b"application/problem+json")
+        return self.status, headers, msgspec.json.encode(self.told(shape, called))
+
+
+# Status → Anthropic's word for it; of others it has the two that are told by whose fault it is.
+_ANTHROPIC = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+# Status → type and title of the problem as draft-ietf-httpapi-ratelimit-headers registers them.
+_REGISTRY = "https://iana.org/assignments/http-problem-types"
+_PROBLEMS = {
+    429: (f"{_REGISTRY}#quota-exceeded", "Request cannot be satisfied as assigned quota has been exceeded"),
+    503: (
+        f"{_REGISTRY}#temporary-reduced-capacity",
+        "Request cannot be satisfied due to temporary server capacity constraints",
+    ),
+}
+
+# RFC 9110's phrases where Python's differ, which depend on its version.
+_PHRASES = {413: "Content Too Large", 414: "URI Too Long", 422: "Unprocessable Content"}
+
+
+def _phrase(status: int) -> str:
+    return _PHRASES.get(status) or HTTPStatus(status).phrase
+
+
+# — which shape a caller reads
+
+
+_JSON, _PROBLEM = b"application/json", b"application/problem+json"
+# The ranges that hold JSON, the most specific one first (RFC 9110 section 12.5.1).
+_RANGES = (_JSON, b"application/*", b"*/*")
+_WEIGHT = re.compile(rb"[ \t]*+q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)[ \t]*+\Z", re.IGNORECASE)
+
+
+def shape_for(dialect: Dialect, accept: Iterable[bytes]) -> Shape:
+    """The shape in which a caller wants its errors: a problem document where Accept names it and prefers it to JSON.
+
+    `accept` are the values of the field. Only a range that names problem documents asks for them, wildcards do not; a
+    tie with JSON goes to the endpoint's own dialect, unless a wildcard is all that holds JSON.
+    """
+    given = b",".join(accept).lower()
+    if _PROBLEM not in given:
+        return dialect
+    weights = _weights(given)
+    problem = weights.get(_PROBLEM, 0.0)
+    json = next((weights[name] for name in _RANGES if name in weights), 0.0)
+    return "problem" if problem > json or (problem == json > 0 and _JSON not in weights) else dialect
+
+
+def _weights(given: bytes) -> dict[bytes, float]:
+    """Media range → its weight; what is not one has none."""
+    weights: dict[bytes, float] = {}
+    for part in given.split(b","):
+        name, *parameters = part.split(b";")
+        found = next((parameter for parameter in parameters if parameter.lstrip()[:2] == b"q="), b"q=1")
+        weight = _WEIGHT.match(found)
+        if weight:
+            name = name.strip()
+            weights[name] = max(weights.get(name, 0.0), float(weight[1]))
+    return weights
 
 
 # — the caller's
@@ -89,6 +189,12 @@ class BadRequest(GatewayError):
     status = 400
     type = "invalid_request_error"
     fault = "caller"
+
+
+class ContextLengthExceeded(BadRequest):
+    """400: the prompt and what is to be produced do not fit into the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class Forbidden(GatewayError):
@@ -200,24 +306,33 @@ class Problem:
 
 
 class Invalid(GatewayError):
-    """422: the body breaks the contract. All problems at once, in OpenAI's shape and in HTTPValidationError's."""
+    """422: the body breaks the contract. All problems at once, in OpenAI's shape and in HTTPValidationError's.
+
+    `status` is another where an endpoint's clients know no 422: Anthropic's is 400.
+    """
 
     status = 422
     type = "invalid_request_error"
     code = "invalid_request_error"
     fault = "caller"
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], *, status: int = 422) -> None:
         super().__init__("; ".join(p.msg for p in problems), param=problems[0].path or None)
+        self.status = status
         self.problems = tuple(problems)
 
-    def body(self) -> Mapping[str, object]:
-        detail = [{"loc": ["body", *p.loc], "msg": p.msg, "type": p.type} for p in self.problems]
-        return {**super().body(), "detail": detail}
+    def body(self) -> Object:
+        return {**super().body(), "detail": self._detail()}
+
+    def extensions(self) -> Object:
+        return {**super().extensions(), "errors": self._detail()}  # RFC 9457 has a `detail` of its own
+
+    def _detail(self) -> list[Object]:
+        return [{"loc": ["body", *p.loc], "msg": p.msg, "type": p.type} for p in self.problems]
 
 
 class RateLimited(GatewayError):
-    """429: over a rate or out of seats; waiting helps, and `retry_after` says how long."""
+    """429: over a rate or out of seats; waiting helps, and Retry-After says how long."""
 
     status = 429
     type = "rate_limit_error"

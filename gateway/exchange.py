@@ -7,12 +7,15 @@ import time
 from typing import Literal
 
 from gateway.admission import Lease
-from gateway.errors import ClientGone, Fault, GatewayError
+from gateway.asgi import Receive
+from gateway.endpoints import Endpoint
+from gateway.errors import ClientGone, Dialect, Fault, GatewayError
 from gateway.hops import Way
 from gateway.identity import Principal
 from gateway.normalize import InferenceRequest
 from gateway.policy import Limit
 from gateway.terms import Terms, used
+from gateway.uploads import Upload
 from gateway.upstream import Answer
 from gateway.usage import NOTHING, REFUSED, Usage, UsageRecord, usage_of
 
@@ -38,15 +41,17 @@ class Exchange:
         "request",
         "started",
         "terms",
+        "upload",
         "way",
     )
 
-    def __init__(self, endpoint: str, called: bytes | None) -> None:
+    def __init__(self, endpoint: Endpoint, called: bytes | None) -> None:
         self.id = new_id()
         self.called = called or self.id.encode()  # what the caller and the backend call it
         self.endpoint = endpoint
         self.received = time.monotonic()
-        self.body_read = False
+        self.body_read = False  # of a request whose body is read before it is understood
+        self.upload: Upload | None = None  # a body that is passed on as it comes
         self.principal: Principal | None = None
         self.way: Way | None = None
         self.request: InferenceRequest | None = None
@@ -58,6 +63,15 @@ class Exchange:
         self.started = False  # whether a status line went out
         self.commented = False  # and whether that was ours, before there was an answer
         self._usage: Usage | None = None
+
+    @property
+    def has_all(self) -> bool:
+        """Whether all of the request is here, so that the next one may follow on its connection."""
+        return self.body_read or (self.upload is not None and self.upload.finished)
+
+    def after(self, receive: Receive) -> Receive:
+        """What says that the caller has left, once all of his request is here."""
+        return receive if self.upload is None else self.upload.after
 
     @property
     def status(self) -> int:
@@ -79,11 +93,17 @@ class Exchange:
             self._usage = (
                 REFUSED
                 if answer.status >= 400
-                else usage_of(answer.tail, stream=answer.is_stream, input_estimate=request.input_estimate)
+                else usage_of(
+                    answer.tail, self.endpoint, stream=answer.is_stream, input_estimate=request.input_estimate
+                )
             )
         return self._usage
 
-    # — what a lease asks when it ends
+    # — what a lease asks
+
+    @property
+    def dialect(self) -> Dialect:
+        return self.endpoint.dialect
 
     def end(self, error: BaseException | None) -> None:
         """Note how it ended: with an error of ours, because the caller left, or well."""
@@ -115,7 +135,7 @@ class Exchange:
             model=self.request.model.name,
             pool=self.terms.pool if answer is None else answer.model.pool,
             upstream=None if answer is None else answer.upstream.name,
-            endpoint=self.endpoint,
+            endpoint=self.endpoint.name,
             status=self.status,
             ended=self.ended,
             stream=self.request.stream,

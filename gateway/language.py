@@ -117,6 +117,8 @@ def _form(pattern: str, *examples: str) -> WithJsonSchema:
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _MODEL = r"[^\s|{}]{1,200}"
+MODEL_NAME = re.compile(_MODEL)
+_ROUTE = r"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]{1,100}){1,10}(?:/\*)?"
 _URL = r"https?://[^/?#@\s]+(/[^?#\s]*)?"
 _PATH = r"/[A-Za-z0-9/._~-]{0,200}"
 # What a caller may not send on in any case: credentials, framing, and what the gateway says itself.
@@ -166,10 +168,20 @@ UrlPath = Annotated[
     AfterValidator(partial(_matching, _PATH, "no path, expected one such as /health")),
     _form(_PATH, "/health"),
 ]
+RoutePath = Annotated[
+    str,
+    AfterValidator(partial(_matching, _ROUTE, "no route, expected one such as /v1/moderations, /v1/files/*")),
+    _form(_ROUTE, "/v1/moderations", "/v1/files/*"),
+]
 HeaderName = Annotated[
     str,
     AfterValidator(partial(_matching, _HEADER, "no header's name in lower case that may travel, such as x-experiment")),
     _form(_HEADER, "x-experiment"),
+]
+Profile = Annotated[
+    Literal["2023", "4.21.6", "2026"],
+    BeforeValidator(lambda found: str(found) if type(found) is int else found),  # as YAML reads a year
+    WithJsonSchema({"enum": ["2023", "4.21.6", "2026", 2023, 2026]}),
 ]
 Dollars = Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)]
 
@@ -178,6 +190,9 @@ Scope = Literal["organisation", "team", "key", "user", "model"]
 Cause = Literal["connect", "reset", 429, 500, 502, 503, 504]
 Effort = Literal["none", "low", "medium", "high", "integer", "boolean"]
 History = Literal["disabled", "interleaved", "preserved"]
+Api = Literal["fireworks", "openai", "anthropic"]
+Strictness = Literal["strict", "lenient"]
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class _Document(BaseModel):
@@ -189,11 +204,13 @@ class _Document(BaseModel):
 class GatewayPolicy(_Document):
     """What holds for every request."""
 
-    strictness: Literal["strict", "lenient"] = Field(
+    strictness: Strictness = Field(
         "strict",
         alias="schema",
-        description="strict: a member that the contract does not know is refused; lenient: it passes",
+        description="strict: a member that the contract of completions does not know is refused; lenient: it passes; "
+        "of other endpoints it always passes",
     )
+    profile: Profile = Field("2026", description="the version of the API by which requests are checked")
     max_body: Bytes = Field(32 * 1024**2, description="largest request body")
     reserve: Literal["max", "input"] = Field(
         "max",
@@ -201,6 +218,9 @@ class GatewayPolicy(_Document):
         "input: nothing, the limit may be overshot by what is in flight",
     )
     time_zone: Zone = Field("UTC", description="of calendar quotas; a limit may name its own")
+    perf_headers: bool = Field(
+        False, description="true: answers say in server-timing where their time went: gateway, queue, upstream"
+    )
 
 
 class Price(_Document):
@@ -221,16 +241,33 @@ class Timeouts(_Document):
 
 
 class ModelPolicy(_Document):
-    """One public model name."""
+    """One public model name; or, with one `*` in it, all names that it fits and no other entry names."""
 
     aliases: tuple[ModelName, ...] = Field((), strict=False, description="other names that callers may use")
     family: str | None = Field(None, description="rules of reasoning_effort and reasoning_history, see families.yaml")
     pool: str = Field(description="where requests for it go, see pools.yaml")
-    upstream_model: str | None = Field(None, description="the name the backend knows it by; left out: the same")
+    upstream_model: str | None = Field(
+        None,
+        description="the name the backend knows it by, with `*` for what the star of the name stands for; left out: "
+        "the same",
+    )
+    restore_name: bool = Field(
+        False,
+        description="true: JSON answers carry the public name in `model`, and so are rewritten there; streams are not",
+    )
+    strictness: Strictness | None = Field(None, alias="schema", description="left out: the pool's")
+    profile: Profile | None = Field(None, description="left out: the pool's")
     fallback: ModelName | None = Field(
         None, description="model that answers when the pool is down or full; limits and prices stay those of this one"
     )
     timeouts: Timeouts | None = Field(None, description="those that differ from the pool's")
+    context_window: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="tokens of prompt and answer together, to which `max_tokens` is lowered where the backends do not "
+        "do that themselves (`api: openai`); left out: not known",
+    )
     max_output_tokens: int = Field(8192, ge=1, le=10**7, description="the bound where a request names none")
     price: Price = Field(Price(), description="what usage costs, for limits in usd and for the ledger")
 
@@ -301,9 +338,13 @@ class TlsPolicy(_Document):
 class PoolPolicy(_Document):
     """Backends that can stand in for one another."""
 
-    api: Literal["fireworks", "openai"] = Field(
-        "fireworks", description="what these backends understand; it decides which aliases are rewritten"
+    api: Api = Field(
+        "fireworks",
+        description="what these backends understand; it decides which aliases are rewritten, whether the gateway sees "
+        "to `context_length_exceeded_behavior` (openai), and how the credential is shown (anthropic: x-api-key)",
     )
+    strictness: Strictness | None = Field(None, alias="schema", description="left out: the gateway's")
+    profile: Profile | None = Field(None, description="left out: the gateway's")
     usage: Literal["native", "inject", "continuous"] = Field(
         "native",
         description="native: streams report usage by themselves; inject: ask with stream_options, and take out the "
@@ -334,6 +375,13 @@ class PoolPolicy(_Document):
     )
     tls: TlsPolicy | None = Field(None, description="for https upstreams; left out: what the system trusts")
     upstreams: tuple[UpstreamPolicy, ...] = Field(strict=False, min_length=1, description="the backends")
+
+
+class RoutePolicy(_Document):
+    """A path of the backends' beside the inference endpoints: it passes with a key, counted as a request."""
+
+    pool: str = Field(description="where its requests go, see pools.yaml")
+    methods: tuple[Method, ...] = Field(("POST",), strict=False, min_length=1, description="those that pass")
 
 
 class LimitPolicy(_Document):
@@ -379,7 +427,9 @@ class TeamPolicy(_Document):
 
     organisation: Name = Field(description="who pays; its counts live on one slot of a cluster")
     plan: str = Field(description="its limits, see plans.yaml")
-    models: tuple[str, ...] = Field(("*",), strict=False, description="patterns of the models that it may use")
+    models: tuple[str, ...] = Field(
+        ("*",), strict=False, description="patterns of the models, and of the paths of routes, that it may use"
+    )
 
 
 class Documents(_Document):
@@ -389,5 +439,6 @@ class Documents(_Document):
     models: dict[ModelName, ModelPolicy] = Field({}, description="the public model names")
     families: dict[Name, FamilyPolicy] = Field({}, description="what each model family accepts")
     pools: dict[Name, PoolPolicy] = Field({}, description="where requests go")
+    routes: dict[RoutePath, RoutePolicy] = Field({}, description="further paths of the backends")
     plans: dict[Name, PlanPolicy] = Field({}, description="limits, by plan")
     teams: dict[Name, TeamPolicy] = Field({}, description="who calls")

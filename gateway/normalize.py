@@ -1,4 +1,4 @@
-"""Client bytes → InferenceRequest: aliases, model families, splicing.
+"""Client bytes → InferenceRequest: aliases, model families, what fits a context window, splicing.
 
 What a backend is asked is what the caller wrote. Only where an alias, a model's name or a boolean stands for
 something else is that one member replaced in its place; the bytes of every other value stay, and where nothing stands
@@ -16,9 +16,11 @@ from msgspec.json import Decoder, encode
 
 from gateway import contract
 from gateway.contract import Members, Prompts, Values, cut
-from gateway.errors import Invalid, NotFound, Problem
+from gateway.endpoints import Endpoint
+from gateway.errors import BadRequest, ContextLengthExceeded, Invalid, NotFound, Problem
 from gateway.language import Effort
-from gateway.policy import Family, Model, Snapshot
+from gateway.policy import Family, Model, Route, Snapshot
+from gateway.uploads import Form, Upload
 
 # Callers may write integers of any size. No limit is larger (policy.py), and the store's arithmetic is exact so far.
 MAX_BOUND = 10**12
@@ -27,7 +29,7 @@ MAX_BOUND = 10**12
 class InferenceRequest(msgspec.Struct, frozen=True):
     """A request that the backends of its model can be asked."""
 
-    endpoint: str  # "completions" or "chat/completions"
+    endpoint: Endpoint
     path: str  # what is asked of the upstream: "/v1/completions"
     model: Model
     asked_model: str  # the name as the caller wrote it
@@ -38,82 +40,226 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     output_bound: int  # the most output tokens that it may produce, over all prompts and choices
     session: bytes = b""  # what requests have in common that should meet the same upstream; only where a pool asks
     injected: bool = False  # the body asks for usage in an event of its own, and the caller did not
-    given: bytes = b""  # the caller's own body; only where another model may have to answer it
+    truncates: bool = False  # it is to be made to fit where a backend says that it is too long for its model
+    given: bytes = b""  # the caller's own body; only where it may have to be made into another one
+    query: bytes = b""  # of the target, passed on as it came
+    method: str = "POST"
+    content_type: bytes = b"application/json"
+    upload: Upload | None = None  # the body, where it is passed on as it comes
 
 
-def normalize(endpoint: str, body: bytes, snapshot: Snapshot) -> InferenceRequest:
+def normalize(endpoint: Endpoint, body: bytes, snapshot: Snapshot, query: bytes = b"") -> InferenceRequest:
     """The request in a body. Raises BadRequest (400), Invalid (422, all problems at once) and NotFound (404)."""
-    members, values, problems = contract.read(endpoint, body, strict=snapshot.strict)
-    asked = values.get("model")
-    model = None if asked is None else snapshot.models.get(asked)
-    if problems or model is not None:
-        return _for(model, endpoint, body, members, values, problems)
-    assert asked is not None
-    unknown = f'Model not found, inaccessible, and/or not deployed: "{cut(asked, 200)}"'
-    raise NotFound(unknown, code="model_not_found", param="model")
+    members = contract.take_apart(body)
+    asked = contract.model_of(members)
+    model = None if asked is None else snapshot.model(asked)
+    if model is not None:
+        return _for(model, endpoint, body, members, query)
+    _, problems = contract.check(
+        endpoint.name, members, profile=snapshot.gateway.profile, strict=snapshot.gateway.strictness == "strict"
+    )
+    if problems:
+        raise Invalid(problems, status=endpoint.invalid)
+    assert asked is not None, "the contract has told of a model that is missing"
+    raise _not_found(asked)
 
 
-def instead(request: InferenceRequest, model: Model, snapshot: Snapshot) -> InferenceRequest:
+def instead(request: InferenceRequest, model: Model) -> InferenceRequest:
     """The same request for a model that stands in for its own. Raises Invalid where that does not take it."""
-    members, values, problems = contract.read(request.endpoint, request.given, strict=snapshot.strict)
-    return _for(model, request.endpoint, request.given, members, values, problems)
+    if request.upload is None:
+        return _for(model, request.endpoint, request.given, contract.take_apart(request.given), request.query)
+    if model.upstream_name != request.model.upstream_name:
+        raise Invalid([Problem(("model",), "the name stands in a body that is passed on as it comes")])
+    return msgspec.structs.replace(request, model=model)
+
+
+def fitted(request: InferenceRequest, room: int) -> InferenceRequest:
+    """The same request for at most so many tokens in each answer."""
+    members = contract.take_apart(request.given)
+    return _for(request.model, request.endpoint, request.given, members, request.query, room)
+
+
+def of_form(endpoint: Endpoint, form: Form, content_type: bytes, snapshot: Snapshot) -> InferenceRequest:
+    """The request in a form, whose body is passed on as it comes but for the model's name. Raises NotFound."""
+    model = snapshot.model(form.model)
+    if model is None:
+        raise _not_found(form.model)
+    return InferenceRequest(
+        endpoint=endpoint,
+        path=endpoint.path,
+        model=model,
+        asked_model=form.model,
+        body=b"",
+        stream=form.fields.get("stream") == "true",
+        user=form.fields.get("user"),
+        input_estimate=0,  # what a sound or an image holds is known afterwards
+        output_bound=0,
+        content_type=content_type,
+        upload=form.upload(model.upstream_name),
+    )
+
+
+def of_route(
+    route: Route, path: str, query: bytes, method: str, content_type: bytes, upload: Upload | None
+) -> InferenceRequest:
+    """The request to a path that passes."""
+    return InferenceRequest(
+        endpoint=route.endpoint,
+        path=path,
+        model=route.model,
+        asked_model=route.model.name,
+        body=b"",
+        stream=False,
+        user=None,
+        input_estimate=0,
+        output_bound=0,
+        query=query,
+        method=method,
+        content_type=content_type,
+        upload=upload,
+    )
+
+
+def _not_found(asked: str) -> NotFound:
+    unknown = f'Model not found, inaccessible, and/or not deployed: "{cut(asked, 200)}"'
+    return NotFound(unknown, code="model_not_found", param="model")
 
 
 def _for(
-    model: Model | None, endpoint: str, body: bytes, members: Members, values: Values, problems: list[Problem]
+    model: Model, endpoint: Endpoint, body: bytes, members: Members, query: bytes, room: int | None = None
 ) -> InferenceRequest:
-    if model is not None and model.family is not None:
+    values, problems = contract.check(endpoint.name, members, profile=model.profile, strict=model.strict)
+    if model.family is not None and endpoint.rewrites:
         problems += _unsupported(model, model.family, values)
     if problems:
-        raise Invalid(problems)
-    assert model is not None
+        raise Invalid(problems, status=endpoint.invalid)
     prompts = _prompts(values)
     asked = values["model"]
     stream = values.get("stream") is True
-    edits = _edits(model, asked, values)
-    injected = stream and model.usage != "native" and _asks_for_usage(model, members, values, edits)
+    truncates = endpoint.rewrites and model.api == "openai" and values.get(_BEHAVIOUR) != "error"
+    if room is None:
+        room = _room(model, values, prompts, truncates)
+    edits = _edits(endpoint, model, asked, values, room)
+    injected = (
+        stream and endpoint.rewrites and model.usage != "native" and _asks_for_usage(model, members, values, edits)
+    )
     return InferenceRequest(
         endpoint=endpoint,
-        path=f"/v1/{endpoint}",
+        path=endpoint.path,
         model=model,
         asked_model=asked,
         body=_spliced(body, members, edits),
         stream=stream,
-        user=values.get("user"),
+        user=_user(endpoint, values),
         input_estimate=prompts.tokens,
-        output_bound=_output_bound(model, values, prompts.number),
-        session=_session(members, values) if model.affinity else b"",
+        output_bound=_output_bound(endpoint, model, values, prompts.number, room),
+        session=_session(endpoint, members, values) if model.affinity else b"",
         injected=injected,
-        given=body if model.fallbacks else b"",
+        truncates=truncates,
+        given=body if model.fallbacks or truncates else b"",
+        query=query,
     )
+
+
+def _user(endpoint: Endpoint, values: Values) -> str | None:
+    name = values.get("user") if endpoint.dialect == "openai" else (values.get("metadata") or {}).get("user_id")
+    return name if isinstance(name, str) else None
 
 
 _BEGINNING = 1024  # bytes of a prompt that are taken for what it shares with others: a system prompt, a document
 
 
-def _session(members: Members, values: Values) -> bytes:
+def _session(endpoint: Endpoint, members: Members, values: Values) -> bytes:
     """What an upstream's cache knows a request by, as far as the body tells (headers come before it)."""
     named = values.get("prompt_cache_key") or values.get("user")
     if named is not None:
         return str(named).encode("utf-8", "surrogatepass")
-    prompt = next(raw for name, raw in members if name in ("prompt", "messages"))
+    prompt = next((raw for name, raw in members if name == endpoint.input), b"")
     return bytes(memoryview(prompt)[:_BEGINNING])
 
 
+# Members that are read by the model, of whichever endpoint.
+_TEXTS = ("messages", "tools", "system", "input", "instructions", "query", "documents", "prompt")
+
+
 def _prompts(values: Values) -> Prompts:
-    prompts: Prompts | None = values.get("prompt")
-    if prompts is not None:
-        return prompts
-    return Prompts(1, contract.estimate(len(values["messages"]) + len(values.get("tools") or b"")))
+    for name in ("prompt", "input"):
+        if isinstance(prompts := values.get(name), Prompts):
+            shown = values.get("images")
+            return (
+                prompts
+                if shown is None
+                else prompts._replace(tokens=prompts.tokens + sum(shown.numbers) * IMAGE_TOKENS)
+            )
+    texts = [values[name] for name in _TEXTS if values.get(name)]
+    size, images = sum(map(len, texts)), 0
+    if size > _SMALL:
+        for text in texts:
+            hidden, found = _images_in(text.encode() if isinstance(text, str) else bytes(text))
+            size -= hidden
+            images += found
+    return Prompts(1, contract.estimate(size) + images * IMAGE_TOKENS)
 
 
-def _output_bound(model: Model, values: Values, prompts: int) -> int:
-    asked = values.get("max_tokens")
-    if asked is None:
-        asked = values.get("max_completion_tokens")
+IMAGE_TOKENS = 1600  # of an image, as far as one can say beforehand: what Anthropic's largest take, and OpenAI's nearly
+_SMALL = 4096  # bytes that hold no image worth looking for
+_IMAGES = 1000  # that are looked for
+_DATA = b";base64,"
+
+
+def _images_in(text: bytes) -> tuple[int, int]:
+    """The bytes of the data URLs in a JSON text, and how many they are: four of these bytes are no token."""
+    size = number = 0
+    start = text.find(_DATA)
+    while start >= 0 and number < _IMAGES:
+        end = text.find(b'"', start)
+        size += end - start
+        number += 1
+        start = text.find(_DATA, end)
+    return size, number
+
+
+_OUTPUTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def _asked_output(values: Values) -> int | None:
+    return next((values[name] for name in _OUTPUTS if values.get(name) is not None), None)
+
+
+def _output_bound(endpoint: Endpoint, model: Model, values: Values, prompts: int, room: int | None) -> int:
+    if endpoint.output is None:
+        return 0
+    asked = _asked_output(values) if room is None else room
     if asked is None:
         asked = model.max_output_tokens
-    return int(min(asked * values.get("n", 1) * prompts, MAX_BOUND))
+    return int(min(asked * (values.get("n") or 1) * prompts, MAX_BOUND))
+
+
+# — context windows, for backends that do not see to them
+
+_BEHAVIOUR = "context_length_exceeded_behavior"
+
+
+def _room(model: Model, values: Values, prompts: Prompts, truncates: bool) -> int | None:
+    """What max_tokens is lowered to, so that prompt and answer fit; None: it stays, and the backend may know better.
+
+    Raises ContextLengthExceeded where the prompt was counted and not estimated, and the caller wants an error.
+    """
+    window, asked = model.context_window, _asked_output(values)
+    if window is None or asked is None or model.api != "openai" or prompts.number != 1:
+        return None
+    room = window - prompts.tokens
+    if asked <= room:
+        return None
+    if truncates:
+        return room if room >= 1 else None
+    if prompts.counted and values.get(_BEHAVIOUR) == "error":
+        raise ContextLengthExceeded(
+            f"the prompt has {prompts.tokens} tokens and max_tokens is {asked}, "
+            f"the context window of {model.name} holds {window} together",
+            param="max_tokens",
+        )
+    return None
 
 
 # — reasoning: a boolean stands for a word, and `thinking` for both
@@ -174,13 +320,21 @@ _STAND_INS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("thinking", "reasoning_effort"),
     ),
     "openai": (("thinking", "reasoning_effort"),),
+    "anthropic": (),
 }
 
 
-def _edits(model: Model, asked: str, values: Values) -> dict[str, Edit]:
+def _edits(endpoint: Endpoint, model: Model, asked: str, values: Values, room: int | None) -> dict[str, Edit]:
     edits: dict[str, Edit] = {}
     if model.upstream_name != asked:
         edits["model"] = ("model", encode(model.upstream_name))
+    if not endpoint.rewrites:
+        return edits
+    if model.api == "openai" and _BEHAVIOUR in values:
+        edits[_BEHAVIOUR] = None
+    if room is not None:
+        name = next((name for name in _OUTPUTS if values.get(name) is not None), "max_tokens")
+        edits[name] = (name, b"%d" % room)
     for alias, name in _STAND_INS[model.api]:
         if alias in values:
             edits[alias] = (name, _meant(alias, values)) if values[alias] is not None else None
@@ -243,3 +397,14 @@ def _spliced(body: bytes, members: Members, edits: Mapping[str, Edit]) -> bytes:
     names = {name for name, _ in members}
     new = [b",%b:%b" % (encode(edit[0]), edit[1] or b"") for name, edit in edits.items() if name not in names and edit]
     return b"".join((*pieces, view[end:brace], *new, view[brace:]))
+
+
+def renamed(document: bytes, name: str) -> bytes:
+    """A JSON object with this name as its `model`; what is none, or has none, as it is."""
+    try:
+        members = contract.take_apart(document)
+    except BadRequest:
+        return document
+    if all(member != "model" for member, _ in members):
+        return document
+    return _spliced(document, members, {"model": ("model", encode(name))})

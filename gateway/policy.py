@@ -19,8 +19,11 @@ from zoneinfo import ZoneInfo
 from pydantic import ValidationError
 
 from gateway.documents import Path_, PolicyError, Source, show
+from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.language import (
+    MODEL_NAME,
     PERIODS,
+    Api,
     Count,
     Documents,
     Effort,
@@ -29,6 +32,7 @@ from gateway.language import (
     LimitPolicy,
     ModelPolicy,
     PoolPolicy,
+    RoutePolicy,
     Scope,
     Timeouts,
     listed,
@@ -119,19 +123,46 @@ class Family:
 class Model:
     """One model as requests know it. Prices are in micro-dollars per million tokens."""
 
-    name: str
+    name: str  # where the policies name it with a star, the name that was asked
+    entry: str  # what the policies call it: its limits are counted by that
     family: Family | None
     pool: str
-    api: Literal["fireworks", "openai"]
+    api: Api
     upstream_name: str
     max_output_tokens: int
     input_price: int
     cached_input_price: int
     output_price: int
+    strict: bool = True
+    profile: str = "2026"
+    context_window: int | None = None
+    restore_name: bool = False
     usage: Literal["native", "inject", "continuous"] = "native"
     affinity: bool = False  # whether its pool sends like to like
     timeouts: Timeouts = Timeouts.model_construct()
     fallbacks: tuple[Model, ...] = ()  # in whose places the same request may be answered, in this order
+
+    def fits(self, name: str) -> bool:
+        """Whether the star of its entry may stand for what makes this name of it."""
+        before, star, after = self.entry.partition("*")
+        return bool(star) and len(name) > len(before + after) and name.startswith(before) and name.endswith(after)
+
+    def called(self, name: str) -> Model:
+        """The model of this name, of an entry with a star that the name fits."""
+        before, _, after = self.entry.partition("*")
+        stands_for = name[len(before) : len(name) - len(after)]
+        upstream = self.upstream_name.replace("*", stands_for)
+        fallbacks = tuple(m.called(name) if m.entry == self.entry else m for m in self.fallbacks)
+        return replace(self, name=name, upstream_name=upstream, fallbacks=fallbacks)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path that passes. To limits, prices and permissions it is a model, by the name of its path."""
+
+    endpoint: Endpoint
+    model: Model
+    methods: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,17 +191,31 @@ class Snapshot:
     revision: str
     gateway: GatewayPolicy
     models: Mapping[str, Model]
+    patterns: tuple[Model, ...]  # entries with a star, those with the longest beginnings first
+    routes: Mapping[str, Route]
     pools: Mapping[str, PoolPolicy]
     teams: Mapping[str, Team]
 
     @cached_property
     def public_models(self) -> tuple[Model, ...]:
-        """Every model once, in the order of the documents."""
+        """Every model that has a name of its own once, in the order of the documents."""
         return tuple({model.name: model for model in self.models.values()}.values())
 
-    @cached_property
-    def strict(self) -> bool:
-        return self.gateway.strictness == "strict"
+    def model(self, name: str) -> Model | None:
+        """The model that answers to a name: its own, an alias, or one that fits a star."""
+        found = self.models.get(name)
+        if found is not None or not self.patterns or MODEL_NAME.fullmatch(name) is None:
+            return found
+        entry = next((model for model in self.patterns if model.fits(name)), None)
+        return None if entry is None else entry.called(name)
+
+    def route(self, path: str) -> Route | None:
+        """The route of a path: its own, or the longest one with a star at its end."""
+        found = self.routes.get(path)
+        while found is None and path:
+            path = path.rpartition("/")[0]
+            found = self.routes.get(f"{path}/*")
+        return found
 
 
 # — from files to a Snapshot
@@ -263,6 +308,7 @@ def _schema() -> dict[str, Any]:
 def _dangling(documents: Documents) -> Iterator[tuple[Path_, str]]:
     """Names that stand for nothing, and names that stand for two things."""
     yield from _dangling_in_models(documents)
+    yield from _dangling_in_routes(documents)
     yield from _dangling_in_pools(documents)
     yield from _doubled_in_plans(documents)
     yield from _dangling_in_teams(documents)
@@ -271,17 +317,38 @@ def _dangling(documents: Documents) -> Iterator[tuple[Path_, str]]:
 def _dangling_in_models(documents: Documents) -> Iterator[tuple[Path_, str]]:
     names: dict[str, str] = dict.fromkeys(documents.models, "a model")
     for name, model in documents.models.items():
+        if name.count("*") > 1:
+            yield ("models", name), f"{show(name)} has several stars, expected one at most"
+        if "*" in (model.upstream_model or "") and "*" not in name:
+            yield (
+                ("models", name, "upstream_model"),
+                f"{show(model.upstream_model)} has a star, and {show(name)} has none",
+            )
         if model.pool not in documents.pools:
             yield ("models", name, "pool"), _unknown(model.pool, documents.pools)
         if model.family is not None and model.family not in documents.families:
             yield ("models", name, "family"), _unknown(model.family, documents.families)
-        if model.fallback is not None and (model.fallback == name or model.fallback not in documents.models):
-            others = (other for other in documents.models if other != name)
+        others = [other for other in documents.models if other != name and "*" not in other]
+        if model.fallback is not None and model.fallback not in others:
             yield ("models", name, "fallback"), _unknown(model.fallback, others)
         for i, alias in enumerate(model.aliases):
+            if "*" in alias or "*" in name:
+                yield ("models", name, "aliases", i), f"{show(alias)} {_STARRED}"
             if alias in names:
                 yield ("models", name, "aliases", i), f'"{alias}" is already {names[alias]}, expected a name of its own'
             names[alias] = f"an alias of {name}"
+
+
+_STARRED = "is an alias, expected no star in it, nor in what it stands for"
+
+
+def _dangling_in_routes(documents: Documents) -> Iterator[tuple[Path_, str]]:
+    taken = {endpoint.path for endpoint in ENDPOINTS.values()} | {"/v1/models", "/v1/models/*"}
+    for path, route in documents.routes.items():
+        if path in taken:
+            yield ("routes", path), f"{show(path)} is an endpoint of the gateway's own, expected another path"
+        if route.pool not in documents.pools:
+            yield ("routes", path, "pool"), _unknown(route.pool, documents.pools)
 
 
 def _dangling_in_pools(documents: Documents) -> Iterator[tuple[Path_, str]]:
@@ -308,9 +375,16 @@ def _dangling_in_teams(documents: Documents) -> Iterator[tuple[Path_, str]]:
     for name, team in documents.teams.items():
         if team.plan not in documents.plans:
             yield ("teams", name, "plan"), _unknown(team.plan, documents.plans)
+        known = [*documents.models, *documents.routes]
         for i, pattern in enumerate(team.models):
-            if pattern != "*" and not any(matches((pattern,), model) for model in documents.models):
+            if pattern != "*" and not any(matches((pattern,), one) or _may_meet(pattern, one) for one in known):
                 yield ("teams", name, "models", i), _unknown(pattern, documents.models)
+
+
+def _may_meet(pattern: str, entry: str) -> bool:
+    """Whether a pattern may fit a name that fits an entry with a star; what follows the first stars is not compared."""
+    ours, theirs = pattern.partition("*")[0], entry.partition("*")[0]
+    return "*" in entry and (ours.startswith(theirs) or ("*" in pattern and theirs.startswith(ours)))
 
 
 def _unknown(found: str, known: Iterable[str]) -> str:
@@ -333,14 +407,27 @@ def _compile(documents: Documents, revision: str) -> Snapshot:
     own = {name: _model(name, policy, documents, families) for name, policy in documents.models.items()}
     models: dict[str, Model] = {}
     for name, policy in documents.models.items():
-        _, *fallbacks = _routes(own[name], documents, own)
+        _, *fallbacks = _stand_ins(own[name], documents, own)
         model = replace(own[name], fallbacks=tuple(fallbacks))
         models.update(dict.fromkeys((name, *policy.aliases), model))
+    patterns = sorted((model for name, model in models.items() if "*" in name), key=_beginning, reverse=True)
+    models = {name: model for name, model in models.items() if "*" not in name}
+    routes = {path: _route(path, policy, documents) for path, policy in documents.routes.items()}
     teams = {
         name: Team(name, policy.organisation, policy.plan, policy.models, plans[policy.plan])
         for name, policy in documents.teams.items()
     }
-    return Snapshot(revision, documents.gateway, models, documents.pools, teams)
+    return Snapshot(revision, documents.gateway, models, tuple(patterns), routes, documents.pools, teams)
+
+
+def _beginning(model: Model) -> int:
+    return model.entry.index("*")
+
+
+def _route(path: str, policy: RoutePolicy, documents: Documents) -> Route:
+    pool = documents.pools[policy.pool]
+    model = Model(path, path, None, policy.pool, pool.api, path, 0, 0, 0, 0, timeouts=pool.timeouts)
+    return Route(Endpoint(path, body="any"), model, frozenset(policy.methods))
 
 
 def _model(name: str, policy: ModelPolicy, documents: Documents, families: Mapping[str, Family]) -> Model:
@@ -348,6 +435,7 @@ def _model(name: str, policy: ModelPolicy, documents: Documents, families: Mappi
     cached = price.input if price.cached_input is None else price.cached_input
     model = Model(
         name=name,
+        entry=name,
         family=None if policy.family is None else families[policy.family],
         pool="",
         api="fireworks",
@@ -356,25 +444,30 @@ def _model(name: str, policy: ModelPolicy, documents: Documents, families: Mappi
         input_price=round(price.input * 1_000_000),
         cached_input_price=round(cached * 1_000_000),
         output_price=round(price.output * 1_000_000),
+        context_window=policy.context_window,
+        restore_name=policy.restore_name,
     )
     return _in_pool(model, policy.pool, documents)
 
 
 def _in_pool(model: Model, name: str, documents: Documents) -> Model:
     """The model as this pool has it."""
-    pool, own = documents.pools[name], documents.models[model.name].timeouts
+    pool, policy, whole = documents.pools[name], documents.models[model.name], documents.gateway
+    own = policy.timeouts
     chosen = {} if own is None else {field: getattr(own, field) for field in own.model_fields_set}
     return replace(
         model,
         pool=name,
         api=pool.api,
+        strict=(policy.strictness or pool.strictness or whole.strictness) == "strict",
+        profile=policy.profile or pool.profile or whole.profile,
         usage=pool.usage,
         affinity=pool.balance == "affinity",
         timeouts=pool.timeouts.model_copy(update=chosen),
     )
 
 
-def _routes(model: Model, documents: Documents, models: Mapping[str, Model]) -> list[Model]:
+def _stand_ins(model: Model, documents: Documents, models: Mapping[str, Model]) -> list[Model]:
     """A model and what stands in for it: the same in the pools that its pool falls back to, then its own fallback, and
     so on. What fell back to itself would go round; it stands there once."""
     found: dict[tuple[str, str], Model] = {}

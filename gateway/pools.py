@@ -17,14 +17,17 @@ from types import TracebackType
 from gateway.asgi import RawHeaders, header
 from gateway.balance import Rotation, Weighed, by_affinity, least_busy
 from gateway.bridge import Bridge
+from gateway.context import room
 from gateway.errors import Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
-from gateway.normalize import InferenceRequest, instead
+from gateway.normalize import InferenceRequest, fitted, instead
 from gateway.policy import Snapshot
 from gateway.upstream import Answer, Upstream, cause_of
 from gateway.wire import Wire, trusting
 
+_MISFITS = (400, 413, 422)  # what backends say to a request that does not fit
+_ERROR = 64 * 1024  # bytes of an error that is looked into
 _SOON = 1.0  # seconds after which one may ask again where nobody knows: all are busy
 _random = random.Random()
 
@@ -134,12 +137,29 @@ class Opening:
             yield request, not models
             while models:
                 with suppress(Invalid):  # what another model's family does not take, it is not asked
-                    request = instead(self._request, models.pop(0), self._policies.snapshot)
+                    request = instead(self._request, models.pop(0))
                     break
             else:
                 return
 
     async def _ask(self, pool: Pool, request: InferenceRequest, is_last: bool) -> Answer:
+        """The answer of a pool. Where that says that the request does not fit its model's context, and the caller wants
+        it cut to what does, it is asked once more for as much as it says that there is room for."""
+        answer = await self._ask_once(pool, request, is_last)
+        if answer.status not in _MISFITS or not request.truncates:
+            return answer
+        try:
+            told = await answer.gather(_ERROR)
+            left = None if told is None else room(told)
+        except BaseException:
+            await answer.leave()
+            raise
+        if not left:
+            return answer
+        await answer.leave()
+        return await self._ask_once(pool, fitted(request, left), is_last)
+
+    async def _ask_once(self, pool: Pool, request: InferenceRequest, is_last: bool) -> Answer:
         """The answer of a pool. Raises UpstreamFailed where it has none, or one that another pool may better."""
         tried: list[Upstream] = []
         session = self._session(request)
@@ -153,7 +173,7 @@ class Opening:
                 cause: Cause | int | None = answer.status
             except UpstreamFailed as failed:
                 failure, cause = failed, cause_of(failed)
-            may = cause in pool.policy.retries.on and self._in_time(request)
+            may = cause in pool.policy.retries.on and self._in_time(request) and not _is_underway(request)
             here = may and pool.may_ask_another(self._now(), tried, cause)
             if answer is not None:
                 if not may or (is_last and not here):
@@ -176,6 +196,11 @@ class Opening:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _is_underway(request: InferenceRequest) -> bool:
+    """Whether a part of its body is gone, so that nobody else can be sent it."""
+    return request.upload is not None and request.upload.begun
 
 
 class Pools:

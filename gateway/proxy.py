@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from gateway.admission import Admission
@@ -22,20 +23,25 @@ from gateway.asgi import (
     refuse,
     until_hang_up,
 )
-from gateway.errors import ClientGone, GatewayError, InternalError, UpstreamFailed
+from gateway.endpoints import Endpoint
+from gateway.errors import BadRequest, ClientGone, GatewayError, InternalError, UpstreamFailed, shape_for
 from gateway.exchange import Exchange
 from gateway.hops import Way
 from gateway.keys import KeyRing
-from gateway.normalize import normalize
+from gateway.normalize import InferenceRequest, normalize, of_form, of_route
+from gateway.policy import Route, Snapshot
 from gateway.pools import Live, Opening
 from gateway.sse import COMMENT, error_event
 from gateway.standings import standing_headers
 from gateway.terms import terms_for
+from gateway.uploads import Upload, read_form
 from gateway.upstream import Answer
+
+_LARGE = 256 * 1024  # bytes of a body that is looked at beside the event loop
 
 
 class Proxy:
-    """The inference endpoints. `observe` is told of every exchange once, when it has ended."""
+    """The inference endpoints, and the routes. `observe` is told of every exchange once, when it has ended."""
 
     def __init__(
         self,
@@ -52,10 +58,10 @@ class Proxy:
         self._observe = observe
         self._name = name
 
-    async def __call__(self, endpoint: str, scope: Scope, receive: Receive, send: Send) -> None:
-        x = Exchange(endpoint, _called(scope["headers"]))
+    async def __call__(self, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
+        x = Exchange(to if isinstance(to, Endpoint) else to.endpoint, _called(scope["headers"]))
         try:
-            await self._serve(x, scope, receive, send)
+            await self._serve(x, to, scope, receive, send)
         except ClientGone as gone:
             x.end(gone)
         except GatewayError as error:
@@ -63,37 +69,60 @@ class Proxy:
             if x.started:
                 await tell(x, error, send)
                 raise Cut from error
-            await refuse(send, error, headers=_names(x), close=not x.body_read)
+            await say(x, error, scope, send, close=not x.has_all)
         except (Exception, asyncio.CancelledError) as defect:
             x.end(defect)
             if not x.started:
                 failed = InternalError("the gateway failed; its log has more under the id of this request")
-                await refuse(send, failed, headers=_names(x), close=True)
+                await say(x, failed, scope, send, close=True)
             raise
         finally:
             self._observe(x, scope)
 
-    async def _serve(self, x: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, x: Exchange, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
         policies = self._live.policies  # one set of policies for a whole life
         snapshot = policies.snapshot
 
         x.principal = self._keys.identify(scope["headers"])  # 401
         x.way = Way(scope, self._name, x.called, os.urandom(16))  # 505, 508
-        body = await read_body(scope, receive, snapshot.gateway.max_body)  # 413
-        x.body_read = True
-        x.request = normalize(x.endpoint, body, snapshot)  # 400, 404, 422
+        x.request = await understood(x, to, scope, receive, snapshot)  # 400, 404, 413, 422
         x.terms = terms_for(x.principal, x.request, snapshot)  # 400, 403
 
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
             opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
-            async with until_hang_up(receive), commented(opening, x, send) as x.answer:  # 502-4
-                held = await relay(x, scope, send)  # all but the last piece
+            async with until_hang_up(x.after(receive)), commented(opening, x, send) as x.answer:  # 502-4
+                held = await relay(x, scope, send, timed=snapshot.gateway.perf_headers)  # all but the last piece
         x.started = True
         for message in held:  # after settling
             await send(message)
 
 
-async def relay(x: Exchange, scope: Scope, send: Send) -> list[Message]:
+async def understood(
+    x: Exchange, to: Endpoint | Route, scope: Scope, receive: Receive, snapshot: Snapshot
+) -> InferenceRequest:
+    """What is asked, from a body of the kind that the endpoint has."""
+    headers, most = scope["headers"], snapshot.gateway.max_body
+    if (header(headers, b"content-encoding") or b"identity").lower() != b"identity":
+        raise BadRequest("the body is encoded (Content-Encoding), expected it as it is", code="unsupported_encoding")
+    content_type = header(headers, b"content-type") or b""
+    query = scope.get("query_string", b"")
+    if isinstance(to, Route):
+        x.upload = upload = Upload(scope, receive, most)
+        path = scope["raw_path"].decode().removeprefix("/inference")
+        return of_route(to, path, query, scope["method"], content_type, upload if upload.length != 0 else None)
+    if to.body == "form":
+        form = await read_form(scope, receive, most)
+        request = of_form(to, form, content_type, snapshot)
+        x.upload = request.upload
+        return request
+    body = await read_body(scope, receive, most)
+    x.body_read = True
+    if len(body) > _LARGE:
+        return await asyncio.to_thread(normalize, to, body, snapshot, query)
+    return normalize(to, body, snapshot, query)
+
+
+async def relay(x: Exchange, scope: Scope, send: Send, *, timed: bool) -> list[Message]:
     """Send the answer as it comes, chunk by chunk. Returns what is held back until its usage is settled: the last
     piece, and of an answer that has come whole everything, so that it leaves in one write."""
     answer, lease = x.answer, x.lease
@@ -101,7 +130,10 @@ async def relay(x: Exchange, scope: Scope, send: Send) -> list[Message]:
     assert lease is not None
     if x.commented and not (answer.status == 200 and answer.is_stream):
         raise UpstreamFailed(f"the upstream answered {answer.status} when its stream had begun", code="upstream_late")
-    headers = [*answer.headers, *standing_headers(lease.standings), *_names(x, answer.headers)]
+    await answer.rename()
+    headers = [*answer.headers, *standing_headers(lease.standings, dialect=x.dialect), *_names(x, answer.headers)]
+    if timed:
+        headers.append((b"server-timing", _timing(x, answer)))
     if answer.status >= 500 and answer.attempts > 1:
         headers.append((b"x-should-retry", b"false"))  # it was tried again here
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
@@ -147,7 +179,8 @@ class commented:  # noqa: N801 - reads as what it does: async with commented(ope
         await asyncio.sleep(every)
         x, lease = self._x, self._x.lease
         assert lease is not None
-        headers = [(b"content-type", b"text/event-stream"), *standing_headers(lease.standings), *_names(x)]
+        standings = standing_headers(lease.standings, dialect=x.dialect)
+        headers = [(b"content-type", b"text/event-stream"), *standings, *_names(x)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         x.started = x.commented = True
         while True:
@@ -159,19 +192,40 @@ async def tell(x: Exchange, error: GatewayError, send: Send) -> None:
     """Tell the reader of a stream that it has failed, where an event may follow what he has read."""
     event: bytes | None = None
     if x.commented and (x.answer is None or not x.answer.tail.length):  # of what he has read all is ours
-        event = error_event(b"", x.endpoint, error)
+        event = error_event(b"", x.endpoint, error, x.called.decode())
     elif x.answer is not None:
-        event = x.answer.failure(x.endpoint, error)
+        event = x.answer.failure(error, x.called.decode())
     if event is not None:
         await send({"type": "http.response.body", "body": event, "more_body": True})
 
 
-def _names(x: Exchange, passed: RawHeaders | None = None) -> RawHeaders:
-    """What the exchange is called: our id always; x-request-id, by which SDKs report, where the backend sent none."""
-    own = (b"x-gateway-request-id", x.id.encode())
-    if passed is not None and any(name.lower() == b"x-request-id" for name, _ in passed):
-        return [own]
-    return [own, (b"x-request-id", x.called)]
+async def say(x: Exchange, error: GatewayError, scope: Scope, send: Send, *, close: bool) -> None:
+    """Answer with an error, in the words that the caller understands."""
+    shape = shape_for(x.dialect, (value for name, value in scope["headers"] if name == b"accept"))
+    await refuse(send, error, shape=shape, called=x.called.decode(), headers=_names(x), close=close)
+
+
+def _timing(x: Exchange, answer: Answer) -> bytes:
+    """Where the time went until the first byte, in milliseconds (W3C Server Timing). What it took to wait for the store
+    and for other requests in front of it is the queue; what follows the head of a stream is not told."""
+    assert x.lease is not None
+    queue = x.lease.since - x.lease.asked
+    upstream = answer.answered - x.lease.since
+    gateway = time.monotonic() - x.received - queue - upstream
+    if answer.is_stream:
+        return b"upstream;dur=%.3f" % (upstream * 1000)
+    return b"gateway;dur=%.3f, queue;dur=%.3f, upstream;dur=%.3f" % (gateway * 1000, queue * 1000, upstream * 1000)
+
+
+# By what their SDKs report a request.
+_REQUEST_ID = {"openai": b"x-request-id", "anthropic": b"request-id"}
+
+
+def _names(x: Exchange, passed: Iterable[tuple[bytes, bytes]] = ()) -> RawHeaders:
+    """What the exchange is called: our id always; and as its SDK reports it, where the backend did not say."""
+    own = [(b"x-gateway-request-id", x.id.encode())]
+    named = {name.lower() for name, _ in passed}
+    return own + [(name, x.called) for name in {b"x-request-id", _REQUEST_ID[x.dialect]} if name not in named]
 
 
 def _called(headers: RawHeaders) -> bytes | None:

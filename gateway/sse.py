@@ -1,5 +1,5 @@
-"""What the gateway knows of server-sent events, for the two places where it must: the event that nobody asked for is
-taken out, and a stream that failed midway says so.
+"""What the gateway knows of server-sent events, for the places where it must: the event that nobody asked for is taken
+out, a stream that failed midway says so, and its last word is known when it comes.
 
 An event is its lines and the blank one that ends them (WHATWG HTML, section 9.2.6): a line ends with CRLF, LF or CR,
 in any mixture, and where a chunk ends is chance. Everything that this file does not name passes as it came.
@@ -8,12 +8,13 @@ in any mixture, and where a chunk ends is chance. Everything that this file does
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, NamedTuple
 
 import msgspec
 
-from gateway.errors import GatewayError
+from gateway.endpoints import Endpoint, Events
+from gateway.errors import GatewayError, Object
 
 # A line that has no field: to whoever reads the stream it is nothing, to whatever stands between a sign of life.
 COMMENT = b": keep-alive\n\n"
@@ -36,12 +37,46 @@ def at_boundary(tail: bytes) -> bool:
     return not tail or _ENDED.search(tail[-4:]) is not None
 
 
-_LAST_WORDS = re.compile(rb'\[DONE\]|"finish_reason"\s*+:\s*+"|message_stop')
+# — the end of a stream
+
+
+class LastWord(NamedTuple):
+    """What stands in the event at which clients stop reading, and how far from the end of a piece it may begin."""
+
+    word: bytes
+    within: int
+
+
+_DONE = LastWord(b"[DONE]", 16)
+LAST_WORDS: Mapping[Events, LastWord] = {
+    "completions": _DONE,
+    "chat": _DONE,
+    "responses": _DONE,
+    # In quotes, as no model can write it into its text; Bedrock's has its metrics behind it.
+    "messages": LastWord(b'"message_stop"', 256),
+    "other": _DONE,
+}
+
+_FINISHED = re.compile(
+    rb'\[DONE\]|"finish_reason"\s*+:\s*+"'
+    rb'|"type"\s*+:\s*+"(?:message_stop|response\.(?:completed|failed|incomplete)'
+    rb'|transcript\.text\.done|image_(?:generation|edit)\.completed)"'
+)
+_USAGE = re.compile(rb'"usage"\s*+:\s*+\{')
+_FIELDS = (b"data:", b"event:", b"id:", b":")
 
 
 def finished(tail: bytes) -> bool:
-    """Whether the end of a stream says that no answer follows, in OpenAI's words or in Anthropic's."""
-    return _LAST_WORDS.search(tail) is not None
+    """Whether the end of a stream says that no answer follows, in the words of any of the APIs."""
+    return _FINISHED.search(tail) is not None or _is_end_of_last(tail)
+
+
+def _is_end_of_last(tail: bytes) -> bool:
+    """Whether a tail is nothing but the end of a long event that has a usage. The last event of responses and of images
+    repeats all of the answer, and its type may be where the tail does not begin yet."""
+    line = tail.rstrip(b"\r\n")
+    is_end = line != tail and b"\n" not in line and b"\r" not in line and not line.startswith(_FIELDS)
+    return is_end and _USAGE.search(line) is not None
 
 
 # — the event that the caller did not ask for
@@ -167,7 +202,7 @@ def _data(event: bytes) -> bytes:
 # — the event that says that the stream failed
 
 _CREDIBLE_LENGTH = 256  # of an id, of a model's name
-_CREDIBLE_TIME = 2**53
+_CREDIBLE_NUMBER = 2**53  # of a time, of an event
 
 
 class _Head(msgspec.Struct):
@@ -176,38 +211,56 @@ class _Head(msgspec.Struct):
     id: object = None
     created: object = None
     model: object = None
+    sequence_number: object = None
 
 
 _heads = msgspec.json.Decoder(_Head)
 
-# endpoint → what its chunks are called, and how a choice says nothing
-_CHUNKS: dict[str, tuple[str, dict[str, object]]] = {
+# What the chunks of a stream are called, and how a choice says nothing.
+_CHUNKS: Mapping[Events, tuple[str, Object]] = {
     "completions": ("text_completion", {"text": ""}),
-    "chat/completions": ("chat.completion.chunk", {"delta": {}}),
+    "chat": ("chat.completion.chunk", {"delta": {}}),
 }
 
 
-def error_event(tail: bytes, endpoint: str, error: GatewayError) -> bytes:
-    """The last event of a stream that failed midway: a chunk that is an error to OpenAI's clients, and to Fireworks's
-    an answer that ended with finish_reason "error". It may follow where `at_boundary` says so.
+def error_event(tail: bytes, endpoint: Endpoint, error: GatewayError, called: str | None = None) -> bytes:
+    """The last event of a stream that failed midway. It may follow where `at_boundary` says so.
+
+    Of completions it is a chunk that is an error to OpenAI's clients, and to Fireworks's an answer that ended with
+    finish_reason "error"; of messages and responses it is their error event, and of all others OpenAI's error object.
 
     No `data: [DONE]` follows it: clients stop reading there, and Fireworks's would take the stream for a whole one. The
     cut that comes instead is an exception to them all.
 
-    `tail` is the end of the stream: from its last event come id, created and model, and not another word.
+    `tail` is the end of the stream: from its last event come id, created, model and the number, and not another word.
+    `called` is the id of the request, which Anthropic's clients read there.
     """
-    head = next(_heads_backwards(tail), _Head())
-    kind, nothing = _CHUNKS[endpoint]
+    if endpoint.events == "messages":
+        return _event(error.told("anthropic", called), name=b"error")
+    told = error.body()["error"]
+    if endpoint.events == "other":
+        return _event({"error": told})
+    heads = _heads_backwards(tail)
+    if endpoint.events == "responses":
+        number = next((number for head in heads if (number := _number(head.sequence_number, -1)) >= 0), -1)
+        what = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+        return _event({**what, "sequence_number": number + 1}, name=b"error")
+    head = next(heads, None) or _Head()
+    kind, nothing = _CHUNKS[endpoint.events]
     chunk = {
         "id": _text(head.id),
         "object": kind,
-        "created": head.created if type(head.created) is int and 0 <= head.created < _CREDIBLE_TIME else 0,
+        "created": _number(head.created, 0),
         "model": _text(head.model),
         "choices": [{"index": 0, **nothing, "logprobs": None, "finish_reason": "error"}],
         "usage": None,
-        "error": error.body()["error"],
+        "error": told,
     }
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+    return _event(chunk)
+
+
+def _event(data: Object, *, name: bytes | None = None) -> bytes:
+    return (b"" if name is None else b"event: " + name + b"\n") + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _heads_backwards(tail: bytes) -> Iterator[_Head]:
@@ -218,6 +271,10 @@ def _heads_backwards(tail: bytes) -> Iterator[_Head]:
             yield _heads.decode(_data(event))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue  # [DONE], a comment, or the event that the tail cuts
+
+
+def _number(given: object, otherwise: int) -> int:
+    return given if type(given) is int and 0 <= given < _CREDIBLE_NUMBER else otherwise
 
 
 def _text(given: object) -> str:

@@ -80,7 +80,7 @@ def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "request_id": x.id,
         "http.request.method": scope["method"],
-        "http.route": "/v1/" + x.endpoint,
+        "http.route": x.endpoint.path,
         "http.response.status_code": x.status,
         "outcome": x.ended,
         "duration_s": round(now - x.received, 6),

@@ -81,7 +81,7 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
     if user is not None and len(user) > _LONGEST_NAME:
         user = anonymous(user)
     charges = []
-    for limit, key, scope in _counts(team, principal.key_id, user, model):
+    for limit, key, scope in _counts(team, principal.key_id, user, request.model.entry):
         amount = _ESTIMATES[limit.count](request, output)
         if amount > limit.capacity:
             raise _never(limit, amount, request)
@@ -110,14 +110,13 @@ def _counts(team: Team, key_id: str, user: str | None, model: str) -> tuple[tupl
     )
 
 
-_PARAMS = {"completions": "prompt", "chat/completions": "messages"}
-
-
 def _never(limit: Limit, amount: int, request: InferenceRequest) -> BadRequest:
-    remedy = "" if limit.count == "input_tokens" else f" Lower max_tokens (bound: {request.output_bound}) or n."
+    endpoint = request.endpoint
+    bounded = endpoint.output is not None and limit.count != "input_tokens"
+    remedy = f" Lower {endpoint.output} (bound: {request.output_bound}) or n." if bounded else ""
     return BadRequest(
         f"the request may take {amount} {limit.unit}, "
         f"the limit {limit.name} never holds more than {limit.capacity}.{remedy}",
         code="request_exceeds_limit",
-        param=_PARAMS[request.endpoint] if limit.count == "input_tokens" else "max_tokens",
+        param=endpoint.output if bounded else endpoint.input,
     )

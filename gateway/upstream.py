@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from random import uniform
@@ -18,16 +18,19 @@ from gateway.errors import GatewayError, UpstreamFailed
 from gateway.health import Health, Outcome, Turn
 from gateway.hops import Travelling, carried, travelling
 from gateway.language import Cause, PoolPolicy, Timeouts, UpstreamPolicy
-from gateway.normalize import InferenceRequest
-from gateway.sse import UsageFilter, at_boundary, error_event, finished
+from gateway.normalize import InferenceRequest, renamed
+from gateway.sse import LAST_WORDS, UsageFilter, at_boundary, error_event, finished
+from gateway.uploads import Upload
 from gateway.usage import Tail
 from gateway.wire import Pour, Stream, failure_of
 
 _log = structlog.get_logger("gateway.upstreams")
 
-# SDKs stop reading at `data: [DONE]`: to them that event is the last byte, so it is held back with the end that follows
-# it. Backends write that end an instant later; where it does not come so soon (seconds), the event goes on its way.
-_DONE, _AFTER_DONE = 16, 1.0
+# SDKs stop reading at a stream's last word (`data: [DONE]`): to them that event is the last byte, so it is held back
+# with the end that follows it. Backends write that end an instant later; where it does not come so soon (seconds), the
+# event goes on its way.
+_AFTER_DONE = 1.0
+_REWRITTEN = 16 * 1024 * 1024  # bytes of an answer that is held to be rewritten; a longer one keeps its backend's name
 
 # What a backend says to whom it knows, of itself, or of limits that are not the caller's: the gateway tells its own.
 _KEPT_BACK = frozenset(
@@ -41,7 +44,7 @@ _KEPT_BACK = frozenset(
         b"x-powered-by",
     )
 )
-_KEPT_BACK_TOO = (b"ratelimit", b"x-ratelimit-", b"x-gateway-")
+_KEPT_BACK_TOO = (b"ratelimit", b"x-ratelimit-", b"x-gateway-", b"anthropic-ra")  # compared by twelve bytes
 
 # What a failure is to those who decide whether to ask once more. What timed out has left no time for that.
 _CAUSES: dict[str | None, Cause] = {
@@ -75,11 +78,11 @@ class Upstream:
         self._urls: dict[str, httpx.URL] = {}
         self._head: RawHeaders = [
             (b"host", base.netloc),
-            (b"content-type", b"application/json"),
             (b"accept-encoding", b"identity"),  # the tail is read; what a backend encodes all the same passes as it is
         ]
         if key:
-            self._head.append((b"authorization", f"Bearer {key}".encode()))
+            by_name = (b"x-api-key", key.encode())
+            self._head.append(by_name if policy.api == "anthropic" else (b"authorization", f"Bearer {key}".encode()))
         self._probes: asyncio.Task[None] | None = None
 
     def join(self, pool: str, policy: PoolPolicy, own: UpstreamPolicy, may_eject: Callable[[], bool]) -> None:
@@ -143,12 +146,27 @@ class Upstream:
 
     def _request(self, request: InferenceRequest, headers: RawHeaders, since: float) -> httpx.Request:
         """The request as this upstream gets it: built here, from its own host and credential to the framing."""
+        extensions = {"timeouts": request.model.timeouts, "since": since}
+        stream: httpx.AsyncByteStream = _BODY
+        framing = [(b"content-type", request.content_type)] if request.content_type else []
+        if request.upload is None:
+            extensions["body"] = request.body
+            framing.append((b"content-length", b"%d" % len(request.body)))
+        else:
+            stream, length = _Passing(request.upload), request.upload.length
+            chunked = (b"transfer-encoding", b"chunked")
+            framing.append(chunked if length is None else (b"content-length", b"%d" % length))
+        head = [*self._head, *framing, *headers]
+        return httpx.Request(request.method, self._url(request), headers=head, stream=stream, extensions=extensions)
+
+    def _url(self, request: InferenceRequest) -> httpx.URL:
+        if request.query or request.endpoint.body == "any":  # whatever callers write is not kept
+            target = self._base.path.rstrip("/").encode() + request.path.encode()
+            return self._base.copy_with(raw_path=target + b"?" * bool(request.query) + request.query)
         url = self._urls.get(request.path)
         if url is None:
             url = self._urls[request.path] = self._base.copy_with(path=self._base.path.rstrip("/") + request.path)
-        head = [*self._head, (b"content-length", b"%d" % len(request.body)), *headers]
-        extensions = {"body": request.body, "timeouts": request.model.timeouts, "since": since}
-        return httpx.Request("POST", url, headers=head, stream=_BODY, extensions=extensions)
+        return url
 
     def _consider(self, answer: Answer, *, failed: bool, trial: bool) -> None:
         """What an answer's head tells of the upstream. The caller's fault tells nothing but that it answers."""
@@ -214,6 +232,16 @@ class Upstream:
 _BODY = httpx.ByteStream(b"")
 
 
+class _Passing(httpx.AsyncByteStream):
+    """A body that is passed on as it comes."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return aiter(self._upload)
+
+
 def _refusal(status: int) -> UpstreamFailed | None:
     """An answer that is meant for the gateway: it would tell a caller of a credential or an address that is not his."""
     if status in (401, 407):
@@ -229,11 +257,16 @@ class Answer:
     """An open response: status, headers, and the body as it comes, of which the last piece is `end`."""
 
     __slots__ = (
+        "_ahead",
         "_filter",
+        "_last_word",
+        "_source",
         "_stream",
+        "_whole",
         "answered",
         "attempts",
         "end",
+        "endpoint",
         "headers",
         "is_stream",
         "model",
@@ -248,6 +281,7 @@ class Answer:
             h for h in end_to_end(response.headers.raw, _KEPT_BACK) if not h[0][:12].lower().startswith(_KEPT_BACK_TOO)
         ]
         self.upstream = upstream
+        self.endpoint = request.endpoint
         self.model = request.model  # which answers: the one that was asked, or one that stands in for it
         self.attempts = 1
         self.answered = time.monotonic()
@@ -257,6 +291,10 @@ class Answer:
         self.is_stream = content_type.startswith(b"text/event-stream") and not _value(self.headers, b"content-encoding")
         self.end: Message = END
         self._stream = cast(Stream, response.stream)
+        self._source = self._pieces()
+        self._ahead: list[bytes] = []  # pieces that were read before they were asked for
+        self._whole = False
+        self._last_word = LAST_WORDS[request.endpoint.events]
         self._filter = UsageFilter() if request.injected and self.is_stream else None
         # A stream may get an event less here, or one more; and a 204 has no length (RFC 9110 section 8.6).
         if self.is_stream or self.status == 204:
@@ -265,31 +303,65 @@ class Answer:
     @property
     def is_whole(self) -> bool:
         """Whether all of it is here already, as a short JSON answer is; then there is no piece but the last."""
-        return self._stream.received
+        return self._whole or self._stream.received
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """The body, piece by piece, but for the last one: that is sent when the usage is settled."""
-        return self._pieces() if self._filter is None else self._filtered(self._filter)
+        if self._ahead:
+            return self._with_those_ahead()
+        return self._source if self._filter is None else self._filtered(self._filter)
+
+    async def _with_those_ahead(self) -> AsyncIterator[bytes]:
+        ahead, self._ahead = self._ahead, []
+        for piece in ahead:
+            yield piece
+        async for piece in self._source:
+            yield piece
+
+    async def gather(self, at_most: int) -> bytes | None:
+        """All of the body, which then is its last piece; None where it is longer, and then it is as if nobody asked."""
+        size = 0
+        async for piece in self._source:
+            self._ahead.append(piece)
+            size += len(piece)
+            if size > at_most:
+                return None
+        body = b"".join((*self._ahead, self.end["body"]))
+        self._ahead, self._whole, self.end = [], True, _last(body)
+        return body
+
+    async def rename(self) -> None:
+        """Let a JSON answer carry the public name of its model, where policy wants that: the one rewriting there is."""
+        encoded = _value(self.headers, b"content-encoding")
+        json = _value(self.headers, b"content-type").lower().startswith(b"application/json")
+        if not self.model.restore_name or self.status != 200 or not json or encoded:
+            return
+        if (body := await self.gather(_REWRITTEN)) is not None:
+            self.end = _last(renamed(body, self.model.name))
+            self.headers = [h for h in self.headers if h[0].lower() != b"content-length"]
+            self.headers.append((b"content-length", b"%d" % len(self.end["body"])))
 
     def pour(self, into: Pour) -> None:
         """Let pieces go there as they come, as long as they are taken; iterating gives the others, and waits."""
         if self._filter is None:
             tail = self.tail
+            word, within = self._last_word
 
             def take(piece: bytes) -> bool:
-                taken = b"[DONE]" not in piece[-_DONE:] and into(piece)
+                taken = word not in piece[-within:] and into(piece)
                 if taken:
                     tail.add(piece)
                 return taken
 
             self._stream.pour(take)
 
-    async def _pieces(self) -> AsyncIterator[bytes]:
+    async def _pieces(self) -> AsyncGenerator[bytes]:
         stream, tail = self._stream, self.tail
+        word, within = self._last_word
         try:
             async for chunk in stream:
                 tail.add(chunk)
-                if stream.complete or (b"[DONE]" in chunk[-_DONE:] and await self._ends_soon()):
+                if stream.complete or (word in chunk[-within:] and await self._ends_soon()):
                     self.end = _last(chunk)
                     return
                 yield chunk
@@ -313,14 +385,15 @@ class Answer:
                 yield passed
         self.end = _last(usage.feed(self.end["body"]) + usage.flush())
 
-    def failure(self, endpoint: str, error: GatewayError) -> bytes | None:
+    def failure(self, error: GatewayError, called: str) -> bytes | None:
         """What tells the reader of a stream that it failed midway; None where no event may follow what he has."""
         sent = self.tail.bytes()
         if self._filter is not None and (held := self._filter.flush()):
             sent = sent[: -len(held)]
-        if not self.is_stream or not at_boundary(sent) or b"[DONE]" in sent[-_DONE:]:
+        word, within = self._last_word
+        if not self.is_stream or not at_boundary(sent) or word in sent[-within:]:
             return None
-        return error_event(sent, endpoint, error)
+        return error_event(sent, self.endpoint, error, called)
 
     async def leave(self) -> None:
         """Give the connection back, or end it at once where the answer has not ended."""

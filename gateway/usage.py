@@ -1,8 +1,9 @@
-"""What was used: the tail of an answer → Usage → the row of the ledger.
+"""What was used: the ends of an answer → Usage → the row of the ledger.
 
-Nothing looks into a stream on its way. The tail keeps the last bytes of it, and counts line feeds (one memchr pass,
-0.1 µs a chunk): when the answer has ended, the last `usage` stands in the tail, and where a backend sent none, the
-lines say how many events there were.
+Nothing looks into a stream on its way. The tail keeps the last bytes of it and, as what falls out of these first, the
+first ones, and counts line feeds (one memchr pass, 0.1 µs a chunk): when the answer has ended, the last `usage` stands
+in the tail, what Anthropic's streams say at their beginning in the head, and where a backend sent none, the lines say
+how many events there were.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from gateway.endpoints import Endpoint
 from gateway.policy import Model
 
 T = TypeVar("T")
@@ -25,10 +27,12 @@ _CREDIBLE = 10**9
 # The last event of a stream, with usage and performance metrics, is below 2 KiB; a JSON answer ends with its usage.
 TAIL = 8 * 1024
 _SLACK = 2 * 1024  # so that not every chunk lets another one go
+HEAD = 4 * 1024  # a message_start, which has the usage of the input and no text
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens, and where the numbers came from: the upstream's own, counted by the gateway, or none."""
+    """Tokens, and where the numbers came from: the upstream's own, counted by the gateway (even if only one of them
+    was), or none."""
 
     input: int
     output: int
@@ -51,34 +55,17 @@ class Usage(msgspec.Struct, frozen=True):
 
 NOTHING = Usage(0, 0, source="none")
 REFUSED = Usage(0, 0)
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Reported(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-
-
-class _Event(msgspec.Struct):
-    usage: _Reported | None = None
-
-
-_events = msgspec.json.Decoder(_Event)
-_reports = msgspec.json.Decoder(_Reported)
+_ROUTED = Usage(0, 0)  # of a route nobody knows how it counts: it is metered by request
 
 
 class Tail:
-    """The last bytes of an answer. `at_most` bytes are kept, in the chunks in which they came."""
+    """The last bytes of an answer, at least `TAIL` of them, in the chunks in which they came; and the first ones."""
 
-    __slots__ = ("_chunks", "_kept", "length", "lines")
+    __slots__ = ("_chunks", "_head", "_kept", "length", "lines")
 
     def __init__(self) -> None:
         self._chunks: deque[bytes] = deque()
+        self._head = b""
         self._kept = 0
         self.length = 0
         self.lines = 0
@@ -90,78 +77,234 @@ class Tail:
         self._kept += len(chunk)
         if self._kept >= TAIL + _SLACK:
             while self._kept - len(self._chunks[0]) >= TAIL:
-                self._kept -= len(self._chunks.popleft())
+                gone = self._chunks.popleft()
+                self._kept -= len(gone)
+                if len(self._head) < HEAD:
+                    self._head += gone[: HEAD - len(self._head)]
+
+    def head(self) -> bytes:
+        """The first bytes, at most `HEAD` of them."""
+        return (self._head + self.bytes())[:HEAD] if len(self._head) < HEAD else self._head
 
     def bytes(self) -> bytes:
         return b"".join(self._chunks)
 
 
-def usage_of(tail: Tail, *, stream: bool, input_estimate: int) -> Usage:
-    """What an answer used: the last usage that the upstream reported, or what can be counted."""
+def usage_of(tail: Tail, endpoint: Endpoint, *, stream: bool, input_estimate: int) -> Usage:
+    """What an answer used: the last usage that the upstream reported, and what can be counted in the place of what it
+    did not."""
+    if endpoint.name.startswith("/"):
+        return _ROUTED
     if tail.length == 0:
         return NOTHING
-    text = tail.bytes()
-    reported = _last_event(text) if stream else _document(text, whole=len(text) == tail.length)
-    if reported is None or reported == _Reported():
-        # An event is two lines (its data and the blank one), and at least one token but for [DONE]; a plain answer is
-        # text, four bytes a token.
-        output = max(0, tail.lines // 2 - text[-16:].count(b"[DONE]")) if stream else -(-tail.length // 4)
-        return Usage(input_estimate, output, source="counted")
-    prompt = _credible(reported.prompt_tokens)
-    completion = reported.completion_tokens
-    if completion is None:  # nullable in the API's UsageInfo; the total is not
-        completion = (reported.total_tokens or 0) - prompt
-    cached = reported.prompt_tokens_details.cached_tokens if reported.prompt_tokens_details else 0
-    return Usage(prompt, _credible(completion), min(_credible(cached), prompt))
+    reported = (_of_stream if stream else _of_document)(tail, endpoint) or _Reported()
+    input_, output, cached = _figures(reported, endpoint)
+    source: Source = "upstream"
+    if input_ is None or output is None:
+        source = "counted"
+        input_ = input_estimate if input_ is None else input_
+        output = _counted(tail, endpoint, stream) if output is None else output
+    return Usage(input_, output, min(cached, input_), source)
 
 
-def _credible(tokens: int | None) -> int:
-    return min(max(0, tokens or 0), _CREDIBLE)
+# — what backends report
 
 
-def _last_event(text: bytes) -> _Reported | None:
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Reported(msgspec.Struct):
+    """A usage object of any API; what it does not have is None."""
+
+    prompt_tokens: int | None = None  # completions, chat, embeddings, rerank
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None  # responses, messages, images, audio, Cohere's rerank
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    cache_creation_input_tokens: int | None = None  # messages: beside input_tokens, not within
+    cache_read_input_tokens: int | None = None
+
+
+class _Meta(msgspec.Struct):
+    """Cohere's: what was charged, and what was counted."""
+
+    billed_units: _Reported | None = None
+    tokens: _Reported | None = None
+
+
+class _Event(msgspec.Struct):
+    """An event, or a whole answer."""
+
+    usage: _Reported | None = None
+    meta: _Meta | None = None
+
+    @property
+    def reported(self) -> _Reported | None:
+        meta = self.meta or _Meta()
+        said = (self.usage, meta.billed_units, meta.tokens)
+        return next((usage for usage in said if usage is not None and usage != _Reported()), None)
+
+
+class _Response(msgspec.Struct):
+    """An event of a stream of responses; the last one has the whole answer in it."""
+
+    response: _Event | None = None
+
+    @property
+    def reported(self) -> _Reported | None:
+        return None if self.response is None else self.response.reported
+
+
+class _Start(msgspec.Struct, tag="message_start"):
+    """The first event of a stream of messages."""
+
+    message: _Event
+
+
+_events = msgspec.json.Decoder(_Event)
+_responses = msgspec.json.Decoder(_Response)
+_starts = msgspec.json.Decoder(_Start)
+
+
+def _figures(reported: _Reported, endpoint: Endpoint) -> tuple[int | None, int | None, int]:
+    """Input, output and how much of the input was cached, as far as they were reported."""
+    if endpoint.events == "messages":
+        cached = _credible(reported.cache_read_input_tokens) or 0
+        new = _credible(reported.input_tokens)
+        created = _credible(reported.cache_creation_input_tokens) or 0
+        input_ = None if new is None else min(new + created + cached, _CREDIBLE)
+        return input_, _credible(reported.output_tokens), cached
+    total = reported.total_tokens
+    input_ = reported.prompt_tokens if reported.prompt_tokens is not None else reported.input_tokens
+    if endpoint.output is None:
+        input_ = total if input_ is None else input_
+        output: int | None = reported.output_tokens or 0
+    else:
+        output = reported.completion_tokens if reported.completion_tokens is not None else reported.output_tokens
+        if output is None and None not in (input_, total):  # nullable in the API's UsageInfo; the total is not
+            output = (total or 0) - (input_ or 0)
+    details = reported.prompt_tokens_details or reported.input_tokens_details or _Details()
+    return _credible(input_), _credible(output), _credible(details.cached_tokens) or 0
+
+
+def _credible(tokens: int | None) -> int | None:
+    return None if tokens is None else min(max(0, tokens), _CREDIBLE)
+
+
+# — where they report it
+
+
+def _of_stream(tail: Tail, endpoint: Endpoint) -> _Reported | None:
+    """The usage of a stream: of its last event that has one, for messages with what the first event said before."""
+    last = _last_event(tail.bytes(), wrapped=endpoint.events == "responses")
+    if endpoint.events != "messages":
+        return last
+    first = _first_event(tail.head())
+    if first is None or last is None:
+        if first is not None:
+            first.output_tokens = None  # it is of the first token
+        return first or last
+    for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"):
+        if getattr(last, name) is None:
+            setattr(last, name, getattr(first, name))
+    return last
+
+
+def _first_event(head: bytes) -> _Reported | None:
+    """What a message_start says."""
+    for line in head.splitlines():
+        if line.startswith(b"data:") and b"message_start" in line:
+            start = _decode(_starts, line[5:])
+            return None if start is None else start.message.reported
+    return None
+
+
+def _last_event(text: bytes, *, wrapped: bool) -> _Reported | None:
     """The usage of the last server-sent event that has one. Each line is read once, whatever stands in it."""
     end = len(text)
     while (start := text.rfind(b'"usage"', 0, end)) >= 0:
         line_start = text.rfind(b"\n", 0, start) + 1
         line_end = text.find(b"\n", start)
         line = text[line_start : line_end if line_end >= 0 else len(text)]
-        reported = _usage_in(line.removeprefix(b"data:"))
+        reported = _usage_in(line.removeprefix(b"data:"), wrapped=wrapped)
         if reported is None and line_start == 0:  # the event is longer than the tail
-            reported = _last_object(line)
+            reported = _at_the_end(line, wrapped=wrapped)
         if reported is not None:
             return reported
         end = line_start
     return None
 
 
-def _document(text: bytes, *, whole: bool) -> _Reported | None:
+def _of_document(tail: Tail, endpoint: Endpoint) -> _Reported | None:
     """The usage of a JSON answer, of which the tail may hold the end only."""
-    return _usage_in(text) if whole else _last_object(text)
+    text = tail.bytes()
+    if len(text) == tail.length:
+        return _usage_in(text)
+    return _at_the_end(text) or _at_the_beginning(tail.head())
 
+
+# How often a member may look like the one that is sought: whoever reads each to its end stands still for minutes.
+_TRIES = 16
 
 # A usage object has its details one level down, and no strings with braces in it; possessive, and so of linear time.
-_OBJECT = re.compile(rb'"usage"\s*+:\s*+(\{(?:[^{}]|\{[^{}]*+\})*+\})')
+_OBJECT = re.compile(rb'"usage"\s*+:\s*+\{(?:[^{}]|\{[^{}]*+\})*+\}')
 
 
-def _last_object(text: bytes) -> _Reported | None:
-    """The last usage object in the end of a JSON text. What a model says of usage has its quotes escaped."""
-    for found in reversed(list(_OBJECT.finditer(text))):
-        if (reported := _decode(_reports, found[1])) is not None:
+def _at_the_end(text: bytes, *, wrapped: bool = False) -> _Reported | None:
+    """The usage in the end of a JSON text: a member of the outermost object, for the rest of the text ends just that.
+
+    What a model says of usage has its quotes escaped, and what a caller sent in its documents is further in."""
+    opening = b'{"response":{' if wrapped else b"{"
+    start = len(text)
+    for _ in range(_TRIES):
+        start = max(text.rfind(b'"usage"', 0, start), text.rfind(b'"meta"', 0, start))
+        if start < 0:
+            break
+        if (reported := _usage_in(opening + text[start:], wrapped=wrapped)) is not None:
             return reported
     return None
 
 
-def _usage_in(document: bytes) -> _Reported | None:
-    event = _decode(_events, document)
-    return event.usage if event is not None else None
+def _at_the_beginning(text: bytes) -> _Reported | None:
+    """The usage in the beginning of a JSON text, before its data (vLLM's rerank): of the outermost object, too."""
+    found = _OBJECT.search(text)
+    return None if found is None else _usage_in(text[: found.end()] + b"}")
+
+
+def _usage_in(document: bytes, *, wrapped: bool = False) -> _Reported | None:
+    event: _Event | _Response | None = _decode(_responses, document) if wrapped else _decode(_events, document)
+    return None if event is None else event.reported
 
 
 def _decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T | None:
     try:
         return decoder.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None  # an upstream's words are not ours to trust: what cannot be read was not reported
+
+
+# — what can be counted without them
+
+# Events that have names take three lines: the name, the data and the blank one. Others take two.
+_NAMED = frozenset(("responses", "messages"))
+# The name of an event that brings no token: no delta's, or message_delta, which is the last one's.
+_TOKENLESS = re.compile(rb"^event: *+(?![^\r\n]*(?:\.|block_)delta)", re.MULTILINE)
+
+
+def _counted(tail: Tail, endpoint: Endpoint, stream: bool) -> int:
+    """How many tokens an answer may have: an event has one at least, and a plain answer is text, four bytes a token."""
+    if not stream:
+        return -(-tail.length // 4)
+    text = tail.bytes()
+    lines, without = 2, text[-16:].count(b"[DONE]")
+    if endpoint.events in _NAMED:
+        begun, before = tail.head(), tail.length - len(text)
+        begun = begun[:before] if before <= len(begun) else begun[: begun.rfind(b"\n") + 1]
+        lines, without = 3, without + len(_TOKENLESS.findall(begun + text))
+    return max(0, tail.lines // lines - without)
 
 
 class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=False):

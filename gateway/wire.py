@@ -19,10 +19,11 @@ is armed again only when something is due earlier than it would fire, which on a
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Final, Literal, Protocol, cast
@@ -131,7 +132,8 @@ class Wire(httpx.AsyncBaseTransport):
         """The answer as soon as its head is here; its `stream` is a Reply. Raises UpstreamFailed, UpstreamTimeout.
 
         The body is `extensions["body"]`, or else the request's own content or stream. `extensions["timeouts"]` are
-        Timeouts; first byte and total count from `extensions["since"]`, in the loop's time, or else from now.
+        Timeouts; first byte and total count from `extensions["since"]`, in the loop's time, or else from now. The first
+        byte of an answer to a stream counts from its end; what the stream itself raises comes out as it is.
         """
         question = _Question(request)
         if asyncio.get_running_loop().time() >= question.answer_by:  # other attempts took all the time
@@ -193,7 +195,11 @@ class Wire(httpx.AsyncBaseTransport):
 
 
 class _Question:
-    """A request as it is written: `head`, and either `body` or a `stream` of `length` bytes; and when it is due."""
+    """A request as it is written: `head`, and either `body` or a `stream`; and when it is due.
+
+    The stream has `length` bytes, or it is sent in chunks where that is None. It may come slowly: who waits for the
+    first byte waits for it from the end of the stream on.
+    """
 
     __slots__ = ("answer_by", "body", "end_by", "head", "length", "method", "stream", "timeouts")
 
@@ -204,12 +210,14 @@ class _Question:
         self.end_by = since + self.timeouts.total
         self.answer_by = min(since + self.timeouts.first_byte, self.end_by)
         self.stream = cast(httpx.AsyncByteStream, request.stream)
-        self.length = 0
+        self.length: int | None = 0
         self.body: bytes | None = request.extensions.get("body")
         if self.body is None and isinstance(request.stream, httpx.ByteStream):
             self.body = request.content
         elif self.body is None:
-            self.length = int(request.headers["content-length"])
+            chunked = request.headers.get("transfer-encoding") == "chunked"
+            self.length = None if chunked else int(request.headers["content-length"])
+            self.answer_by = self.end_by
 
 
 def timeouts_of(request: httpx.Request) -> tuple[Timeouts, float]:
@@ -459,7 +467,9 @@ class _Connection(asyncio.BufferedProtocol):
         self._idle = 0.0  # seconds
         self._owed_since: float | None = None  # only while somebody waits for the upstream
         self._sent = True  # the whole question
-        self._choked = False  # the transport has more to write than it likes
+        self._room = asyncio.Event()  # the transport has no more to write than it likes
+        self._room.set()
+        self._untaken = 0  # bytes of a stream that the upstream had not taken, when that was looked at last
         self._paused = False  # by us: too much waits for the reader
         self._timer: asyncio.TimerHandle | None = None
         self._fires_at = 0.0
@@ -481,7 +491,7 @@ class _Connection(asyncio.BufferedProtocol):
             if question.body is not None:
                 self._transport.writelines((question.head, question.body))  # uvloop: one writev, nothing copied
             else:
-                await self._write(question, answer)
+                await self._upload(question, answer)
             while not answer.status:
                 await answer.news()
         except BaseException:
@@ -489,23 +499,51 @@ class _Connection(asyncio.BufferedProtocol):
             raise
         return answer
 
-    async def _write(self, question: _Question, answer: Reply) -> None:
-        """Streams the body, as fast as the upstream reads. Ends early if it has answered: the rest is not wanted."""
-        self._transport.write(question.head)
+    async def _upload(self, question: _Question, answer: Reply) -> None:
+        """Sends a stream, until it has ended or something is answered: what is left of it is not wanted then."""
         self._sent = False
-        left = question.length
-        async for piece in question.stream:
-            left -= len(piece)
-            if left < 0:
-                break
-            self._transport.write(piece)
-            while self._choked and not answer.status:
+        self._transport.write(question.head)
+        writing = self.loop.create_task(self._write(question, answer))
+        writing.add_done_callback(lambda _: answer.wake())
+        try:
+            while not answer.status and not writing.done():
                 await answer.news()
-            if answer.status:
-                return
+            if not answer.status:
+                writing.result()
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)  # it lets go of the stream
+            self._owed_since = None
+
+    async def _write(self, question: _Question, answer: Reply) -> None:
+        """Writes a stream as fast as the upstream reads."""
+        left = question.length
+        async with aclosing(cast("AsyncGenerator[bytes, None]", aiter(question.stream))) as pieces:
+            while left != 0 and (piece := await anext(pieces, None)) is not None:
+                if answer.status or self._transport.is_closing():
+                    return
+                if left is None:
+                    self._transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n") if piece else ())
+                elif (left := left - len(piece)) >= 0:
+                    self._transport.write(piece)
+                else:
+                    break
+                await self._drained()
         if left:
             raise ValueError("a request's stream is not as long as its content-length says")
+        if left is None:
+            self._transport.write(b"0\r\n\r\n")
         self._sent = True
+        self._answer_by = min(self.loop.time() + question.timeouts.first_byte, self._end_by)
+        self._arm(self._answer_by)
+
+    async def _drained(self) -> None:
+        """Waits until the upstream has taken so much that more may be written."""
+        if not self._room.is_set():
+            self._untaken = self._transport.get_write_buffer_size()
+            self.owes()
+            await self._room.wait()
+            self._owed_since = None
 
     def release(self, answer: Reply) -> None:
         """The reader has done with its answer; saying it twice is as good as once."""
@@ -569,19 +607,32 @@ class _Connection(asyncio.BufferedProtocol):
             self.pause()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and not self._sent:
+            self._read_rest()
         if exc is None and self._answer is not None and self._answer.framed == "close":
             self._answer.finish()
         # In TLS 1.3 an upstream that misses our certificate says so when its handshake is long over for us.
         refused = isinstance(exc, ssl.SSLError) and not self.heard
         self.end("upstream_connect_failed" if refused else "upstream_disconnected", exc)
 
+    def _read_rest(self) -> None:
+        """An upstream that refuses a stream answers and closes. We learn of the close where we write, and then what it
+        answered may not have been read yet. It waits in the socket still, but where TLS stands before it."""
+        answer = self._answer
+        if answer is None or self._transport.get_extra_info("sslcontext") is not None:
+            return
+        self._paused = True  # the transport is not to be told
+        with suppress(OSError):
+            socket = self._transport.get_extra_info("socket").fileno()
+            while not self._closed and answer.waiting <= _WAITING and (read := os.readv(socket, [self._wire.inbox])):
+                self.buffer_updated(read)
+        self._paused = False
+
     def pause_writing(self) -> None:
-        self._choked = True
+        self._room.clear()
 
     def resume_writing(self) -> None:
-        self._choked = False
-        if self._answer is not None:
-            self._answer.wake()
+        self._room.set()
 
     # — what the reader says
 
@@ -618,6 +669,10 @@ class _Connection(asyncio.BufferedProtocol):
     def _look(self) -> None:
         self._timer = None
         now = self.loop.time()
+        if self._owed_since is not None and self._answer is not None and not self._answer.status:  # a stream waits
+            left, self._untaken = self._untaken, self._transport.get_write_buffer_size()
+            if self._untaken < left:
+                self._owed_since = now
         due, code = self._due(now)
         if now < due:
             self._arm(min(due, now + self._idle))  # the reader may begin to wait at any time
@@ -628,7 +683,7 @@ class _Connection(asyncio.BufferedProtocol):
         """When it ends, and as what."""
         if self._answer is None:
             return self.expires, ""
-        if not self._answer.status:
+        if self._sent and not self._answer.status:
             code = "upstream_first_byte_timeout" if self._answer_by < self._end_by else "upstream_total_timeout"
             return self._answer_by, code
         since = now if self._owed_since is None else self._owed_since

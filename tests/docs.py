@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 import gateway
 from gateway.cli import app
+from gateway.endpoints import ENDPOINTS
 from gateway.language import Documents
 from gateway.settings import Settings
 
@@ -30,7 +31,13 @@ MARKED = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)"
 
 def generated() -> dict[Path, str]:
     """Each file that holds something generated, as it should be."""
-    tables = {"settings": settings(), "commands": commands(), "floors": floors(), "policies": policies()}
+    tables = {
+        "settings": settings(),
+        "commands": commands(),
+        "endpoints": endpoints(),
+        "floors": floors(),
+        "policies": policies(),
+    }
     documents = (ROOT / "README.md", ROOT / "policies" / "README.md")
     texts = {path: filled(path.read_text("utf-8"), tables) for path in documents}
     return {**texts, ROOT / "policies" / "schema.json": json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"}
@@ -81,6 +88,22 @@ def _argument(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return str(parameter.metavar if parameter.required else f"[{parameter.metavar}]")
     return f"{parameter.opts[0]} {parameter.name.upper()}" if parameter.required else ""
+
+
+# — endpoints
+
+
+def endpoints() -> str:
+    rows = [
+        (
+            f"`{endpoint.path}`",
+            {"json": "checked by its schema", "form": "form, streamed through"}[endpoint.body],
+            "yes" if endpoint.rewrites else "",
+            endpoint.dialect,
+        )
+        for endpoint in ENDPOINTS.values()
+    ]
+    return table(("endpoint", "body", "aliases", "errors and limits as"), rows)
 
 
 # — floors
@@ -174,7 +197,7 @@ def _form(node: Any) -> str:
     if "anyOf" in node:
         return " or ".join(_form(inner) for inner in node["anyOf"] if inner.get("type") != "null")
     if "enum" in node:
-        return ", ".join(f"`{word}`" for word in node["enum"])
+        return ", ".join(f"`{word}`" for word in dict.fromkeys(map(str, node["enum"])))
     if "examples" in node:
         return "such as " + ", ".join(f"`{example}`" for example in node["examples"])
     if node.get("type") == "array":

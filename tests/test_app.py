@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from gateway.app import ENDPOINTS, PREFIXES
+from gateway.endpoints import ENDPOINTS, PREFIXES
 from tests.proving.house import House, documents, gateway
 
 POSTED = [f"{prefix}/{endpoint}".encode() for prefix in PREFIXES for endpoint in ENDPOINTS]
-GOT = [*(f"{prefix}/models".encode() for prefix in PREFIXES), b"/healthz/live", b"/healthz/ready"]
+# Which stand for all of the table, whose paths are found in the same way.
+VARIED = [f"{prefix}/{endpoint}".encode() for prefix in PREFIXES for endpoint in ("completions", "chat/completions")]
+GOT = [*(f"{prefix}/models".encode() for prefix in PREFIXES), b"/healthz/live", b"/healthz/ready", b"/openapi.json"]
+ONE_MODEL = tuple(f"{prefix}/models/".encode() for prefix in PREFIXES)  # below which any name may stand
 NOWHERE = documents(["http://127.0.0.1:9"])
 
 
@@ -70,16 +73,17 @@ async def test_a_listed_path_is_found_by_its_own_bytes(store_url: str) -> None:
     """401: the route asks who calls. A query is no part of a path."""
     async with gateway(store_url, NOWHERE) as house:
         for query in (b"", b"?", b"?api-version=1"):
-            assert [(await answered(house, b"POST", path + query))[0] for path in POSTED] == [401] * 4
-            assert [(await answered(house, b"GET", path + query))[0] for path in GOT] == [401, 401, 200, 200]
+            assert [(await answered(house, b"POST", path + query))[0] for path in POSTED] == [401] * len(POSTED)
+            assert [(await answered(house, b"GET", path + query))[0] for path in GOT] == [401, 401, 200, 200, 200]
 
 
 async def test_no_other_spelling_of_a_listed_path_is_found(store_url: str) -> None:
-    """Over a thousand of them; 400 where two readers could see two paths, else 404, or 400 by the wire."""
+    """A thousand of them; 400 where two readers could see two paths, else 404, or 400 by the wire."""
     listed = {*POSTED, *GOT}
-    wanted = {(method, other) for paths, method in ((POSTED, b"POST"), (GOT, b"GET")) for path in paths
-              for other in mutations(path) if other.partition(b"?")[0] not in listed}  # fmt: skip
-    assert len(wanted) > 1000
+    wanted = {(method, other) for paths, method in ((VARIED, b"POST"), (GOT, b"GET")) for path in paths
+              for other in mutations(path)
+              if other.partition(b"?")[0] not in listed and not other.startswith(ONE_MODEL)}  # fmt: skip
+    assert len(wanted) > 900
     async with gateway(store_url, NOWHERE) as house:
         found = {}
         for method, target in wanted:
@@ -105,7 +109,8 @@ async def test_another_method_is_told_which_is_allowed(store_url: str, path: byt
     async with gateway(store_url, NOWHERE) as house:
         for method in (b"DELETE", b"PUT", b"OPTIONS", b"POST" if path in GOT else b"GET"):
             status, body = await answered(house, method, path)
-            assert (status, body["error"]["code"]) == (405, "method_not_allowed")
+            assert status == 405
+            assert "is not for this path" in body["error"]["message"]
 
 
 async def test_a_defect_beside_the_hot_path_is_answered_in_our_own_shape(

@@ -143,6 +143,20 @@ async def test_a_refusal_is_a_whole_answer() -> None:
     assert not body["more_body"]
 
 
+async def test_a_refusal_is_told_in_the_shape_that_its_reader_knows() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await refuse(send, Forbidden("no"), shape="anthropic", called="req_1")
+    await refuse(send, Forbidden("no"), shape="problem", called="req_1")
+    _, anthropic, problem, document = sent
+    assert b'"request_id":"req_1"' in anthropic["body"]
+    assert (b"content-type", b"application/problem+json") in problem["headers"]
+    assert b'"instance":"urn:request:req_1"' in document["body"]
+
+
 @pytest.mark.parametrize(("error", "close"), [(Forbidden("no"), True), (TooLarge("no"), False)])
 async def test_a_refusal_of_a_body_that_was_not_read_closes(error: Forbidden | TooLarge, close: bool) -> None:
     sent: list[Message] = []

@@ -19,12 +19,12 @@ import pytest
 
 import gateway.bridge
 from gateway.bridge import Body, Bridge
-from gateway.errors import UpstreamFailed, UpstreamTimeout
+from gateway.errors import ClientGone, TooLarge, UpstreamFailed, UpstreamTimeout
 from gateway.language import Timeouts
 from gateway.wire import Stream, trusting
 from tests.corpus.responses import CASES, Case
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunked, forever, ok, play
-from tests.test_wire import Timed, black_hole, demanding, fails, server_tls
+from tests.test_wire import Timed, black_hole, demanding, fails, server_tls, uploading
 
 BODY = b'{"prompt": "hello"}'
 
@@ -79,6 +79,108 @@ async def until(holds: Callable[[], bool]) -> None:
 
 async def gone(peer: Peer) -> None:
     await asyncio.wait_for(peer.gone.wait(), 5)
+
+
+# — streamed bodies
+
+
+async def slow(
+    *, number: int = 4, every: float = 0.1, then: asyncio.Event | Exception | None = None
+) -> AsyncIterator[bytes]:
+    for _ in range(number):
+        await asyncio.sleep(every)
+        yield b"abc"
+    if isinstance(then, Exception):
+        raise then
+    if then is not None:
+        await then.wait()
+
+
+async def test_a_streamed_body_arrives_whole() -> None:
+    async with Backend(Peer.request, ok(b"{}")) as backend, bridged(backend.url) as bridge:
+        response = await bridge.handle_async_request(uploading(slow(number=1000, every=0), 3000))
+        assert await read(cast(Body, response.stream)) == b"{}"
+    assert backend.requests[0].body == b"abc" * 1000
+
+
+async def test_a_stream_of_unknown_length_is_sent_in_chunks() -> None:
+    async def script(peer: Peer) -> None:
+        received = await peer._reader.readuntil(b"0\r\n\r\n")
+        assert received.endswith(b"\r\n\r\n3\r\nabc\r\n3\r\nabc\r\n0\r\n\r\n")
+
+    async with Backend(script, ok(b"{}")) as backend, bridged(backend.url) as bridge:
+        response = await bridge.handle_async_request(uploading(slow(number=2), None))
+        assert await read(cast(Body, response.stream)) == b"{}"
+
+
+@pytest.mark.parametrize("error", [ClientGone(), TooLarge("more")], ids=["gone", "too large"])
+async def test_what_a_stream_raises_comes_out_as_it_is_and_cuts_the_line(error: Exception) -> None:
+    async with Backend(Peer.head) as backend, bridged(backend.url) as bridge:
+        with pytest.raises(type(error)) as caught:
+            await bridge.handle_async_request(uploading(slow(then=error), None))
+        assert caught.value is error
+        await gone(backend.peers[0])
+
+
+async def test_the_first_byte_of_an_answer_counts_from_the_end_of_a_stream() -> None:
+    loop = asyncio.get_running_loop()
+    late = (Peer.request, lambda _: asyncio.sleep(0.05), ok(b"{}"))
+    async with Backend(*late) as backend, bridged(backend.url, first_byte="200ms", idle="60ms") as bridge:
+        response = await bridge.handle_async_request(uploading(slow(), 12))
+        assert await read(cast(Body, response.stream)) == b"{}"
+    async with Backend(Peer.request) as backend, bridged(backend.url, first_byte="200ms") as bridge:
+        started = loop.time()
+        with fails("upstream_first_byte_timeout", UpstreamTimeout):
+            await bridge.handle_async_request(uploading(slow(), 12))
+        assert 0.58 < loop.time() - started < 1.5
+
+
+async def test_a_stream_whose_caller_took_long_before_is_sent_all_the_same() -> None:
+    async with Backend(Peer.request, ok(b"{}")) as backend, bridged(backend.url, first_byte="200ms") as bridge:
+        request = uploading(slow(number=1), 3)
+        request.extensions["since"] = asyncio.get_running_loop().time() - 10
+        response = await bridge.handle_async_request(request)
+        assert await read(cast(Body, response.stream)) == b"{}"
+
+
+async def test_an_upstream_that_takes_nothing_of_a_stream_has_until_the_idle_deadline() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(1_000_000)
+
+    async with Backend(Peer.head, asyncio.Event()) as backend, bridged(backend.url, idle="300ms") as bridge:
+        with fails("upstream_idle_timeout", UpstreamTimeout):
+            await bridge.handle_async_request(uploading(endless(), None))
+
+
+async def test_the_total_counts_while_a_stream_is_slow() -> None:
+    async with Backend(Peer.head) as backend, bridged(backend.url, total="300ms", idle="100ms") as bridge:
+        with fails("upstream_total_timeout", UpstreamTimeout):
+            await bridge.handle_async_request(uploading(slow(then=asyncio.Event()), None))
+
+
+async def test_an_early_answer_is_heard_when_the_stream_has_ended() -> None:
+    early = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 9\r\n\r\ntoo large"
+    async with Backend(Peer.head, early) as backend, bridged(backend.url) as bridge:
+        response = await bridge.handle_async_request(uploading(slow(), None))
+        assert (response.status_code, await read(cast(Body, response.stream))) == (413, b"too large")
+
+
+async def test_a_stream_is_let_go_of_where_its_upstream_closes() -> None:
+    ended: list[bool] = []
+
+    async def endless() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                await asyncio.sleep(0.001)
+                yield bytes(1000)
+        finally:
+            ended.append(True)
+
+    async with Backend(Peer.head, Peer.reset) as backend, bridged(backend.url) as bridge:
+        with fails("upstream_disconnected"):
+            await bridge.handle_async_request(uploading(endless(), None))
+        assert ended == [True]
 
 
 # — what goes out and what comes back

@@ -25,7 +25,7 @@ def test_a_document_is_as_generated(path: Path) -> None:
 
 def test_every_table_stands_somewhere() -> None:
     found = [name for path in GENERATED if path.suffix == ".md" for _, name, _ in docs.MARKED.findall(path.read_text())]
-    assert sorted(found) == ["commands", "floors", "policies", "settings"]
+    assert sorted(found) == ["commands", "endpoints", "floors", "policies", "settings"]
 
 
 def test_tables_stand_between_their_markers_and_nothing_else_changes() -> None:
@@ -91,7 +91,7 @@ def defaults(node: Any) -> Any:
 def test_the_defaults_that_are_told_are_what_holds() -> None:
     """A document that writes all defaults of gateway: is the same as one that writes none."""
     told = dict(defaults(docs.schema()["$defs"]["GatewayPolicy"] | {"title": ""}))
-    assert set(told) == {"schema", "max_body", "reserve", "time_zone"}
+    assert set(told) == {"schema", "profile", "max_body", "reserve", "time_zone", "perf_headers"}
     assert Documents.model_validate({"gateway": told}) == Documents.model_validate({"gateway": {}})
     times = dict(defaults(docs.schema()["$defs"]["Timeouts"]))
     assert times == {"connect": "2s", "first_byte": "2m", "idle": "1m", "total": "1h"}

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway import errors
 from gateway.errors import (
+    Dialect,
     GatewayError,
     Invalid,
     MethodNotAllowed,
+    NotFound,
     Problem,
     QuotaExhausted,
     RateLimited,
+    Shape,
     StoreUnavailable,
     Unauthenticated,
+    shape_for,
 )
 
 # Class: status, OpenAI's type, code, whose fault.
@@ -24,6 +31,7 @@ FAMILY: dict[str, tuple[int, str, str | None, str]] = {
     "GatewayError": (500, "server_error", None, "gateway"),
     "Unauthenticated": (401, "invalid_request_error", "invalid_api_key", "caller"),
     "BadRequest": (400, "invalid_request_error", None, "caller"),
+    "ContextLengthExceeded": (400, "invalid_request_error", "context_length_exceeded", "caller"),
     "Forbidden": (403, "permission_error", "permission_denied", "caller"),
     "NotFound": (404, "invalid_request_error", "not_found", "caller"),
     "MethodNotAllowed": (405, "invalid_request_error", "method_not_allowed", "caller"),
@@ -45,8 +53,8 @@ FAMILY: dict[str, tuple[int, str, str | None, str]] = {
 }
 
 
-def body(error: GatewayError) -> Any:
-    return json.loads(error.render()[2])
+def body(error: GatewayError, shape: Shape = "openai", called: str | None = None) -> Any:
+    return json.loads(error.render(shape, called)[2])
 
 
 def test_the_whole_family_is_tried_here() -> None:
@@ -139,3 +147,204 @@ def test_a_place_is_written_as_readers_write_it(loc: tuple[str | int, ...], path
 
 def test_a_problem_of_the_whole_body_names_no_param() -> None:
     assert Invalid([Problem((), "no object")]).param is None
+
+
+def test_a_broken_contract_is_400_where_clients_know_no_422() -> None:
+    error = Invalid([Problem(("n",), "n: found 0")], status=400)
+    assert error.render()[0] == 400
+    assert body(error, "anthropic")["error"]["type"] == "invalid_request_error"
+    assert Invalid([Problem(("n",), "n: found 0")]).status == 422
+
+
+# — Anthropic's
+
+# Class → its word for it.
+WORDS = {
+    "GatewayError": "api_error",
+    "Unauthenticated": "authentication_error",
+    "BadRequest": "invalid_request_error",
+    "ContextLengthExceeded": "invalid_request_error",
+    "Forbidden": "permission_error",
+    "NotFound": "not_found_error",
+    "MethodNotAllowed": "invalid_request_error",
+    "InvalidHTTP": "invalid_request_error",
+    "RequestTimeout": "invalid_request_error",
+    "TargetTooLong": "invalid_request_error",
+    "ExpectationFailed": "invalid_request_error",
+    "HeadTooLarge": "invalid_request_error",
+    "VersionNotSupported": "api_error",
+    "LoopDetected": "api_error",
+    "TooLarge": "request_too_large",
+    "RateLimited": "rate_limit_error",
+    "QuotaExhausted": "rate_limit_error",
+    "UpstreamFailed": "api_error",
+    "UpstreamTimeout": "timeout_error",
+    "UpstreamsBusy": "overloaded_error",
+    "StoreUnavailable": "overloaded_error",
+    "InternalError": "api_error",
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_anthropics_clients_read_their_own_words(name: str) -> None:
+    status, headers, text = getattr(errors, name)("what was found").render("anthropic", "req_1")
+    assert status == FAMILY[name][0]
+    assert json.loads(text) == {
+        "type": "error",
+        "error": {"type": WORDS[name], "message": "what was found"},
+        "request_id": "req_1",
+    }
+    assert (b"content-type", b"application/json") in headers
+
+
+def test_a_request_without_an_id_has_none_in_anthropics_shape() -> None:
+    error = NotFound("no such model")
+    assert body(error, "anthropic")["request_id"] is None
+
+
+def test_all_problems_of_a_broken_contract_stand_in_anthropics_message() -> None:
+    error = Invalid([Problem(("a",), "a: is missing"), Problem(("b",), "b: found 0")], status=400)
+    assert body(error, "anthropic")["error"] == {
+        "type": "invalid_request_error",
+        "message": "a: is missing; b: found 0",
+    }
+
+
+@pytest.mark.parametrize("shape", get_args(Shape))
+def test_what_a_caller_is_told_beside_the_body_is_the_same_in_all_shapes(shape: Shape) -> None:
+    headers = dict(QuotaExhausted("used up", retry_after=2, headers=[(b"x", b"1")]).render(shape, "req_1")[1])
+    assert headers.keys() - {b"content-type"} == {
+        b"x",
+        b"retry-after",
+        b"retry-after-ms",
+        b"x-should-retry",
+    }
+
+
+# — problem documents (RFC 9457)
+
+REGISTRY = "https://iana.org/assignments/http-problem-types#"
+
+
+def test_a_problem_document_has_openais_error_for_an_extension() -> None:
+    error = NotFound("no such model", code="model_not_found", param="model")
+    status, headers, text = error.render("problem", "req_1")
+    assert status == 404
+    assert json.loads(text) == {
+        "type": "about:blank",
+        "title": "Not Found",
+        "status": 404,
+        "detail": "no such model",
+        "instance": "urn:request:req_1",
+        "error": {
+            "message": "no such model",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        },
+    }
+    assert [value for name, value in headers if name == b"content-type"] == [b"application/problem+json"]
+
+
+def test_a_problem_of_limits_is_of_a_registered_type_and_names_them() -> None:
+    told = body(RateLimited("wait", policies=("team-requests", "seats")), "problem")
+    assert told["type"] == REGISTRY + "quota-exceeded"
+    assert told["violated-policies"] == ["team-requests", "seats"]
+    assert "violated-policies" not in body(RateLimited("wait"), "problem")
+
+
+def test_a_lack_of_capacity_is_of_a_registered_type() -> None:
+    told = body(StoreUnavailable("away"), "problem")
+    assert told["type"] == REGISTRY + "temporary-reduced-capacity"
+    assert "instance" not in told
+
+
+def test_a_broken_contract_tells_all_problems_beside_the_detail() -> None:
+    told = body(Invalid([Problem(("a", 0), "a: found x"), Problem((), "no object", "type")]), "problem")
+    assert (told["title"], told["detail"]) == ("Unprocessable Content", "a: found x; no object")
+    assert told["errors"] == [
+        {"loc": ["body", "a", 0], "msg": "a: found x", "type": "value_error"},
+        {"loc": ["body"], "msg": "no object", "type": "type"},
+    ]
+    assert told["error"]["param"] == "a[0]"
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_problem_has_a_title_of_its_status(name: str) -> None:
+    told = body(getattr(errors, name)("x"), "problem")
+    assert told["status"] == FAMILY[name][0]
+    assert re.fullmatch("[A-Z][A-Za-z -]+", told["title"])
+
+
+@given(st.from_regex(r"\A[A-Za-z0-9._:/+=-]{1,128}\Z") | st.text(max_size=20))
+def test_the_instance_is_a_uri_whatever_a_request_is_called(called: str) -> None:
+    try:
+        told = body(NotFound("x"), "problem", called)
+    except UnicodeEncodeError:
+        return  # half a surrogate is no id
+    assert re.fullmatch(r"urn:request:[A-Za-z0-9._~:/+=%-]*", told["instance"])
+
+
+# — which of them
+
+
+PROBLEM = "application/problem+json"
+# Accept → whether it prefers problem documents.
+ACCEPTS: list[tuple[tuple[str, ...], bool]] = [
+    ((), False),
+    (("",), False),
+    (("*/*",), False),
+    (("application/*",), False),
+    (("application/json",), False),
+    (("text/event-stream, application/json",), False),
+    ((PROBLEM,), True),
+    (("Application/Problem+JSON",), True),
+    ((f"{PROBLEM}, */*",), True),
+    ((f"{PROBLEM}, application/*",), True),
+    ((f"{PROBLEM}, */*;q=0.5",), True),
+    ((f"{PROBLEM}, application/json",), False),
+    ((f"application/json, {PROBLEM}",), False),
+    (("application/json", PROBLEM), False),
+    (("text/html", f"{PROBLEM} ; q=0.9", "application/json;q=0.8"), True),
+    ((f"{PROBLEM};q=0.8, application/json;q=0.9",), False),
+    ((f"{PROBLEM};q=0.8, */*",), False),
+    ((f"{PROBLEM};q=0.5, application/*;q=0.2, */*",), True),
+    ((f"{PROBLEM};q=0.5, application/json;q=0.2, application/*, */*",), True),
+    ((f"{PROBLEM};q=0.2, application/*;q=0.5, */*;q=0.1",), False),
+    ((f"{PROBLEM};q=0",), False),
+    ((f"{PROBLEM};q=0.000, */*;q=0",), False),
+    ((f"{PROBLEM};q=0.001",), True),
+    ((f"{PROBLEM};q=0.001, application/json;q=0",), True),
+    ((f"{PROBLEM};charset=utf-8;q=0.9, application/json;q=0.8",), True),
+    ((f"{PROBLEM};Q=0.7, application/json;q=0.8",), False),
+    ((f"{PROBLEM};q=1.5",), False),
+    ((f"{PROBLEM};q=much",), False),
+    ((f"{PROBLEM};q=",), False),
+    ((f"{PROBLEM}x",), False),
+    ((f"text/{PROBLEM}",), False),
+    ((f"{PROBLEM};q=0.1, {PROBLEM};q=0.9, application/json;q=0.5",), True),
+]
+
+
+@pytest.mark.parametrize("dialect", get_args(Dialect))
+@pytest.mark.parametrize(("accept", "preferred"), ACCEPTS)
+def test_a_problem_document_is_for_who_names_it_and_prefers_it(
+    accept: tuple[str, ...], preferred: bool, dialect: Dialect
+) -> None:
+    assert shape_for(dialect, [value.encode() for value in accept]) == ("problem" if preferred else dialect)
+
+
+PARTS = st.sampled_from(
+    [PROBLEM, "application/json", "*/*", ";", "q", "=", ",", " ", "0", "1", ".", "5", '"', "é", "\t"]
+)
+
+
+@given(st.lists(PARTS, max_size=12).map("".join))
+def test_any_accept_has_a_shape(accept: str) -> None:
+    assert shape_for("openai", [accept.encode("latin-1")]) in ("openai", "problem")
+
+
+@pytest.mark.timeout(5)
+def test_a_long_accept_is_read_in_time() -> None:
+    for accept in (PROBLEM + ";" * 100_000, f"{PROBLEM}," * 10_000, PROBLEM + ";q=0." + " " * 100_000 + "x"):
+        assert shape_for("openai", [accept.encode()]) in ("openai", "problem")

@@ -65,7 +65,7 @@ def test_a_model_answers_to_its_name_and_its_aliases(tmp_path: Path) -> None:
 
 def test_what_is_left_out_has_the_defaults_of_the_language(tmp_path: Path) -> None:
     found = snapshot(tmp_path, all=MODELS + POOLS + PLANS + TEAMS)
-    assert found.strict
+    assert (found.models["llama"].strict, found.models["llama"].profile) == (True, "2026")
     assert (found.gateway.max_body, found.gateway.reserve, found.gateway.time_zone) == (33554432, "max", "UTC")
     timeouts = found.pools["demo"].timeouts
     assert (timeouts.connect, timeouts.first_byte, timeouts.idle, timeouts.total) == (2.0, 120.0, 60.0, 3600.0)
@@ -98,6 +98,112 @@ def test_a_model_is_stood_in_for_by_its_pools_fallback_and_then_by_its_own_and_n
         "two": [("one", "a", "fireworks"), ("one", "b", "openai")],
         "three": [],
     }
+
+
+PATTERNS = """models:
+  openai/*: {pool: demo, upstream_model: "*"}
+  openai/gpt-5*-mini: {pool: demo}
+  openai/gpt-5: {pool: demo, aliases: [five]}
+  "*-embed": {pool: demo, upstream_model: "e5-*", fallback: openai/gpt-5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "entry", "name", "upstream"),
+    [
+        ("openai/gpt-5", "openai/gpt-5", "openai/gpt-5", "openai/gpt-5"),
+        ("five", "openai/gpt-5", "openai/gpt-5", "openai/gpt-5"),
+        ("openai/o9", "openai/*", "openai/o9", "o9"),
+        ("openai/gpt-5.2-mini", "openai/gpt-5*-mini", "openai/gpt-5.2-mini", "openai/gpt-5.2-mini"),
+        ("openai/gpt-5-mini", "openai/*", "openai/gpt-5-mini", "gpt-5-mini"),  # a star stands for something
+        ("openai/a/b*", "openai/*", "openai/a/b*", "a/b*"),
+        ("large-embed", "*-embed", "large-embed", "e5-large"),
+    ],
+)
+def test_a_star_in_a_models_name_stands_for_a_part_of_it_and_the_longest_beginning_decides(
+    tmp_path: Path, asked: str, entry: str, name: str, upstream: str
+) -> None:
+    model = snapshot(tmp_path, all=PATTERNS + POOLS).model(asked)
+    assert model is not None
+    assert (model.entry, model.name, model.upstream_name) == (entry, name, upstream)
+
+
+@pytest.mark.parametrize(
+    "asked", ["openai/", "-embed", "openai", "", "openai/a b", "openai/{a}", "openai/a|b", "x" * 201]
+)
+def test_what_fits_no_star_or_is_no_models_name_is_no_model(tmp_path: Path, asked: str) -> None:
+    assert snapshot(tmp_path, all=PATTERNS + POOLS).model(asked) is None
+
+
+def test_entries_with_a_star_are_not_listed_and_teams_may_name_a_part_of_what_they_fit(tmp_path: Path) -> None:
+    teams = 'teams:\n  red: {organisation: acme, plan: free, models: ["openai/o*", openai/gpt-4]}\n'
+    found = snapshot(tmp_path, all=PATTERNS + POOLS + PLANS + teams)
+    assert [model.name for model in found.public_models] == ["openai/gpt-5"]
+    assert [found.teams["red"].may_use(name) for name in ("openai/o9", "openai/gpt-5")] == [True, False]
+
+
+def test_the_same_star_holds_in_the_pool_that_is_fallen_back_to_and_not_for_another_model(tmp_path: Path) -> None:
+    pools = "pools:\n  demo: {fallback: b, upstreams: [{url: 'http://a'}]}\n  b: {upstreams: [{url: 'http://b'}]}\n"
+    model = snapshot(tmp_path, all=PATTERNS + pools).model("large-embed")
+    assert model is not None
+    chain = [(m.name, m.upstream_name, m.pool) for m in model.fallbacks]
+    assert chain == [
+        ("large-embed", "e5-large", "b"),
+        ("openai/gpt-5", "openai/gpt-5", "demo"),
+        ("openai/gpt-5", "openai/gpt-5", "b"),
+    ]
+
+
+def test_strictness_and_profile_are_the_models_or_the_pools_or_the_gateways(tmp_path: Path) -> None:
+    documents = """
+gateway: {schema: lenient, profile: 4.21.6}
+models:
+  one: {pool: a}
+  two: {pool: b}
+  three: {pool: b, schema: lenient, profile: 2026}
+pools:
+  a: {upstreams: [{url: "http://a"}]}
+  b: {schema: strict, profile: 2023, upstreams: [{url: "http://b"}]}
+"""
+    models = snapshot(tmp_path, all=documents).models
+    assert [(models[name].strict, models[name].profile) for name in ("one", "two", "three")] == [
+        (False, "4.21.6"),
+        (True, "2023"),
+        (False, "2026"),
+    ]
+
+
+ROUTES = """routes:
+  /v1/moderations: {pool: demo}
+  /v1/files/*: {pool: demo, methods: [GET, POST, DELETE]}
+  /v1/files/open/*: {pool: demo, methods: [GET]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/moderations", "/v1/moderations"),
+        ("/v1/moderations/", None),
+        ("/v1/files/f1", "/v1/files/*"),
+        ("/v1/files/f1/content", "/v1/files/*"),
+        ("/v1/files/open/f1", "/v1/files/open/*"),
+        ("/v1/files", None),
+        ("/v1/other", None),
+    ],
+)
+def test_a_route_is_a_path_or_all_that_stand_below_it(tmp_path: Path, path: str, expected: str | None) -> None:
+    route = snapshot(tmp_path, all=ROUTES + POOLS).route(path)
+    assert (None if route is None else route.model.entry) == expected
+
+
+def test_a_route_is_a_model_to_teams_and_costs_nothing(tmp_path: Path) -> None:
+    teams = "teams:\n  red: {organisation: acme, plan: free, models: [/v1/moderations]}\n"
+    found = snapshot(tmp_path, all=ROUTES + POOLS + PLANS + teams)
+    route = found.routes["/v1/moderations"]
+    assert found.teams["red"].may_use(route.model.name)
+    assert not found.teams["red"].may_use("/v1/files/*")
+    assert (route.methods, route.endpoint.path, route.model.input_price) == (frozenset(["POST"]), "/v1/moderations", 0)
 
 
 def test_prices_are_micro_dollars_per_million_tokens_and_cached_input_costs_as_input(tmp_path: Path) -> None:
@@ -168,14 +274,17 @@ def test_patterns_name_models(patterns: tuple[str, ...], model: str, expected: b
 
 
 ONE_OF_COUNTS = "requests, input_tokens, output_tokens, total_tokens, usd, concurrent_requests"
-SECTIONS = "gateway, models, families, pools, plans, teams"
+SECTIONS = "gateway, models, families, pools, routes, plans, teams"
 
 # A document `a.yaml`, and the line that it is answered with.
 MISTAKES = {
     "an unknown section": ("modles: {}", f"a.yaml:1 modles: is unknown, expected one of {SECTIONS}"),
     "an unknown member": (
         "gateway:\n  schema: strict\n  max_bdy: 1KiB",
-        "a.yaml:3 gateway.max_bdy: is unknown, expected one of schema, max_body, reserve, time_zone",
+        (
+            "a.yaml:3 gateway.max_bdy: is unknown, expected one of "
+            "schema, profile, max_body, reserve, time_zone, perf_headers"
+        ),
     ),
     "an unknown member far down": (
         "models:\n  llama:\n    pool: demo\n    price:\n      ouput: 1\n" + POOLS,
@@ -215,8 +324,8 @@ MISTAKES = {
     "nothing for members": (
         "pools:\n  demo:",
         (
-            "a.yaml:2 pools.demo: is empty, expected members: api, usage, balance, transport, timeouts, retries, "
-            "health, slow_start, comments, fallback, forward_headers, tls, upstreams"
+            "a.yaml:2 pools.demo: is empty, expected members: api, schema, profile, usage, balance, transport, "
+            "timeouts, retries, health, slow_start, comments, fallback, forward_headers, tls, upstreams"
         ),
     ),
     "a number for members": (
@@ -413,6 +522,46 @@ MISTAKES = {
     "a model that falls back to an alias": (
         "models:\n  llama: {pool: demo, fallback: q}\n  qwen: {pool: demo, aliases: [q]}\n" + POOLS,
         'a.yaml:2 models.llama.fallback: "q" is not defined, expected one of qwen',
+    ),
+    "a name with several stars": (
+        "models:\n  a*b*: {pool: demo}\n" + POOLS,
+        'a.yaml:2 models.a*b*: "a*b*" has several stars, expected one at most',
+    ),
+    "a star that stands for nothing": (
+        "models:\n  llama: {pool: demo, upstream_model: l*}\n" + POOLS,
+        'a.yaml:2 models.llama.upstream_model: "l*" has a star, and "llama" has none',
+    ),
+    "an alias with a star": (
+        "models:\n  llama: {pool: demo, aliases: ['l*']}\n" + POOLS,
+        'a.yaml:2 models.llama.aliases[0]: "l*" is an alias, expected no star in it, nor in what it stands for',
+    ),
+    "an alias of a name with a star": (
+        "models:\n  llama*: {pool: demo, aliases: [l]}\n" + POOLS,
+        'a.yaml:2 models.llama*.aliases[0]: "l" is an alias, expected no star in it, nor in what it stands for',
+    ),
+    "a model that falls back to names with a star": (
+        "models:\n  llama: {pool: demo, fallback: q*}\n  q*: {pool: demo}\n" + POOLS,
+        'a.yaml:2 models.llama.fallback: "q*" is not defined, expected one of (none is defined)',
+    ),
+    "a pattern of a team that no star can fit": (
+        "models: {openai/*: {pool: demo}}\n" + POOLS + PLANS + TEAMS.replace("}", ", models: [o/*]}"),
+        'a.yaml:7 teams.red.models[0]: "o/*" is not defined, expected one of openai/*',
+    ),
+    "a route that is an endpoint": (
+        "routes:\n  /v1/embeddings: {pool: demo}\n" + POOLS,
+        'a.yaml:2 routes./v1/embeddings: "/v1/embeddings" is an endpoint of the gateway\'s own, expected another path',
+    ),
+    "a route to no pool": (
+        "routes:\n  /v1/files: {pool: other}\n" + POOLS,
+        'a.yaml:2 routes./v1/files.pool: "other" is not defined, expected one of demo',
+    ),
+    "a route that is no path": (
+        "routes:\n  /v1/../admin: {pool: demo}\n" + POOLS,
+        'a.yaml:2 routes./v1/../admin: "/v1/../admin" is no route, expected one such as /v1/moderations, /v1/files/*',
+    ),
+    "a profile of no version": (
+        "gateway: {profile: 2024}",
+        'a.yaml:1 gateway.profile: "2024" is unknown, expected one of 2023, 4.21.6, 2026',
     ),
     "no YAML": ("gateway: {", "a.yaml:2: is no YAML: while parsing a flow node, did not find expected node content"),
     "two documents": (

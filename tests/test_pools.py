@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from gateway.asgi import RawHeaders
+from gateway.endpoints import ENDPOINTS
 from gateway.errors import UpstreamFailed, UpstreamsBusy
 from gateway.normalize import normalize
 from gateway.policy import Snapshot, load
@@ -64,7 +65,7 @@ class Asked:
 
     def opening(self, *headers: tuple[bytes, bytes], team: str = "research", **members: Any) -> Opening:
         body = json.dumps({"model": MODEL, "prompt": "The sky is", **members}).encode()
-        request = normalize("completions", body, self.policies.snapshot)
+        request = normalize(ENDPOINTS["completions"], body, self.policies.snapshot)
         given: RawHeaders = list(headers)
         return self.policies.open(request, team, given, [(b"x-request-id", b"r1")])
 

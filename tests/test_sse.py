@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
+import anthropic
 import fireworks
 import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.errors import UpstreamFailed, UpstreamTimeout
-from gateway.sse import COMMENT, LONGEST, UsageFilter, at_boundary, error_event
+from gateway.endpoints import ENDPOINTS, Endpoint, Events
+from gateway.errors import RateLimited, UpstreamFailed, UpstreamTimeout
+from gateway.sse import COMMENT, LAST_WORDS, LONGEST, UsageFilter, at_boundary, error_event, finished
 from gateway.usage import TAIL
 from tests.proving.backend import Backend, Peer, chunked
 
@@ -262,7 +264,7 @@ NOTHING = {"id": "", "created": 0, "model": ""}
 
 def told(tail: bytes, endpoint: str = "completions") -> dict[str, Any]:
     """The error event that follows a tail, as an object."""
-    text, rest = error_event(tail, endpoint, FAILED).split(b"\n\n")
+    text, rest = error_event(tail, ENDPOINTS[endpoint], FAILED).split(b"\n\n")
     assert rest == b""
     assert (text[:6], text.count(b"\n"), text.count(b"\r")) == (b"data: ", 0, 0)
     found: dict[str, Any] = json.loads(text[6:])
@@ -332,12 +334,141 @@ def test_the_error_event_is_called_as_the_last_event_before_it(tail: bytes, expe
     assert {name: told(tail)[name] for name in NOTHING} == expected
 
 
+TAIL_OF_ANY = st.binary(max_size=50) | st.lists(pieces, max_size=3).map(lambda parts: b"".join(p for p, _ in parts))
+
+
 @settings(max_examples=100, deadline=None)
-@given(
-    tail=st.binary(max_size=50) | st.lists(pieces, max_size=3).map(lambda parts: b"".join(part for part, _ in parts))
-)
+@given(tail=TAIL_OF_ANY)
 def test_an_error_event_can_be_made_of_any_tail(tail: bytes) -> None:
     assert told(tail[-TAIL:])["choices"][0]["finish_reason"] == "error"
+    for endpoint in ENDPOINTS.values():
+        made = error_event(tail[-TAIL:], endpoint, FAILED)
+        assert (made[-2:], made.count(b"\n\n"), b"[DONE]" in made) == (b"\n\n", 1, False)
+        assert isinstance(json.loads(made.partition(b"data: ")[2]), dict)
+
+
+def test_the_error_event_of_messages_is_anthropics() -> None:
+    made = error_event(data(**HEAD), ENDPOINTS["messages"], RateLimited("over its rate"), "req_1")
+    name, text = made.removesuffix(b"\n\n").split(b"\n")
+    assert name == b"event: error"
+    assert json.loads(text.removeprefix(b"data: ")) == {
+        "type": "error",
+        "error": {"type": "rate_limit_error", "message": "over its rate"},
+        "request_id": "req_1",
+    }
+
+
+# Tails of responses, and the number of the event that follows.
+NUMBERED: dict[str, tuple[bytes, int]] = {
+    "nothing": (b"", 0),
+    "comments": (COMMENT, 0),
+    "the last event counts": (data(sequence_number=3) + data(sequence_number=4), 5),
+    "even if it is named": (event(b"event: x", data(type="x", sequence_number=0)[:-2]), 1),
+    "one without a number is passed over": (data(sequence_number=3) + data(type="x"), 4),
+    "so is one that is cut": (data(sequence_number=3) + data(sequence_number=9)[:-1], 4),
+    "and one whose number is none": (
+        data(sequence_number=3) + data(sequence_number="9") + data(sequence_number=-2) + data(sequence_number=2.5),
+        4,
+    ),
+    "and one that is beyond belief": (data(sequence_number=2**60) + data(sequence_number=True), 0),
+}
+
+
+@pytest.mark.parametrize(("tail", "number"), NUMBERED.values(), ids=NUMBERED)
+def test_the_error_event_of_responses_is_numbered(tail: bytes, number: int) -> None:
+    made = error_event(tail, ENDPOINTS["responses"], FAILED)
+    name, text = made.removesuffix(b"\n\n").split(b"\n")
+    assert name == b"event: error"
+    assert json.loads(text.removeprefix(b"data: ")) == {
+        "type": "error",
+        "code": "upstream_disconnected",
+        "message": FAILED.message,
+        "param": None,
+        "sequence_number": number,
+    }
+
+
+@pytest.mark.parametrize("endpoint", [ENDPOINTS["audio/transcriptions"], Endpoint("/v1/any*", body="any")])
+def test_the_error_event_of_all_others_is_openais_error_object(endpoint: Endpoint) -> None:
+    made = error_event(data(**HEAD), endpoint, FAILED)
+    assert json.loads(made.removeprefix(b"data: ")) == {"error": FAILED.body()["error"]}
+
+
+# — the end of a stream
+
+REPEATED = data(type="response.completed", response={"output": "x" * TAIL, "usage": USAGE}, sequence_number=9)
+IMAGE = data(type="image_edit.completed", b64_json="x" * TAIL, usage=USAGE)
+
+# Tails of streams that are not delimited, and whether the answer is whole.
+FINISHED: dict[str, tuple[bytes, bool]] = {
+    "nothing": (b"", False),
+    "OpenAI's mark": (word("a") + DONE, True),
+    "a choice that is finished": (data(choices=[{"text": "", "finish_reason": "stop"}]), True),
+    "a choice that is not": (data(choices=[{"text": "a", "finish_reason": None}]), False),
+    "Anthropic's last event": (event(b"event: message_stop", b'data: {"type": "message_stop"}'), True),
+    "Anthropic's last but one": (event(b"event: message_delta", b'data: {"type": "message_delta"}'), False),
+    "its name alone": (b"event: message_stop\n", False),
+    "a completed response": (data(type="response.completed"), True),
+    "a failed response": (data(type="response.failed"), True),
+    "an incomplete response": (data(type="response.incomplete"), True),
+    "a response that goes on": (data(type="response.output_text.done"), False),
+    "a transcript": (data(type="transcript.text.done"), True),
+    "a part of a transcript": (data(type="transcript.text.delta"), False),
+    "an image": (data(type="image_generation.completed"), True),
+    "an edited image": (data(type="image_edit.completed"), True),
+    "a part of an image": (data(type="image_generation.partial_image"), False),
+    "the end of a long response": (REPEATED[-TAIL:], True),
+    "the end of a long image": (IMAGE[-TAIL:], True),
+    "the end of a long image, as on the wire of HTTP": (IMAGE[-TAIL:].replace(b"\n", b"\r\n"), True),
+    "the end of a long event that is cut": (REPEATED[-TAIL:-2], False),
+    "the end of a long event without usage": (data(type="x", b64_json="x" * TAIL)[-TAIL:], False),
+    "a short event with usage": (data(choices=[], usage=USAGE), False),
+    "a named event with usage": (event(b"event: message_start", data(message={"usage": USAGE})[:-2]), False),
+    "an event with usage that is not the last one": (IMAGE[-TAIL:] + data(type="x"), False),
+    "what the model says of it": (word('{"type": "message_stop"} "type": "response.completed"'), False),
+}
+
+
+@pytest.mark.parametrize(("tail", "expected"), FINISHED.values(), ids=FINISHED)
+def test_whether_a_stream_has_finished(tail: bytes, expected: bool) -> None:
+    assert finished(tail) is expected
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize(
+    "trap",
+    [b'"usage":{' * 100_000, b'"usage"' + b" " * 10**6, b'"type"' + b" " * 10**6, b'"finish_reason"' + b" " * 10**6],
+)
+def test_whether_a_stream_has_finished_is_known_in_time(trap: bytes) -> None:
+    assert not finished(trap)
+    assert not finished(trap + b"\nx")
+
+
+# The last event of each kind of stream, as backends send it.
+LAST: dict[Events, list[bytes]] = {
+    "completions": [DONE, b"data:[DONE]\r\n\r\n"],
+    "chat": [DONE],
+    "responses": [DONE],
+    "messages": [
+        event(b"event: message_stop", b'data: {"type":"message_stop"}'),
+        event(b"event: message_stop", b'data: {"type": "message_stop"            }', end=b"\r\n"),
+        event(
+            b"event: message_stop",
+            b'data: {"type":"message_stop","amazon-bedrock-invocationMetrics":{"inputTokenCount":1000000,'
+            b'"outputTokenCount":1000000,"invocationLatency":1000000,"firstByteLatency":1000000,'
+            b'"cacheReadInputTokenCount":1000000,"cacheWriteInputTokenCount":1000000}}',
+        ),
+    ],
+    "other": [DONE],
+}
+
+
+@pytest.mark.parametrize("events", get_args(Events))
+def test_the_last_word_of_a_stream_stands_at_its_end(events: Events) -> None:
+    marker, within = LAST_WORDS[events]
+    for last in LAST[events]:
+        assert marker in (word("a") + last)[-within:]
+    assert marker not in word('"message_stop"')[-within:]
 
 
 @pytest.mark.parametrize(
@@ -372,16 +503,22 @@ def test_an_event_may_follow_a_blank_line(tail: bytes, expected: bool) -> None:
     assert at_boundary(tail) is expected
 
 
+# — to the clients that read it
+
 PATHS = {"completions": "/v1/completions", "chat/completions": "/v1/chat/completions"}
 ASKED: dict[str, Any] = {"model": "m", "stream": True}
 
 
-def failing(endpoint: str, end: bytes) -> Backend:
-    """A stream that sends a comment and a word, and then fails as ours do."""
-    text: dict[str, Any] = {"text": "a"} if endpoint == "completions" else {"delta": {"content": "a"}}
-    first = data(end, **HEAD, object="x", choices=[{"index": 0, **text, "finish_reason": None}])
+def failing(endpoint: str, *before: bytes) -> Backend:
+    """A stream that sends a comment and some events, and then fails as ours do."""
     error = UpstreamTimeout("the upstream fell silent", code="upstream_idle_timeout")
-    return Backend(Peer.request, chunked(COMMENT, first, error_event(COMMENT + first, endpoint, error)))
+    sent = b"".join((COMMENT, *before))
+    return Backend(Peer.request, chunked(sent, error_event(sent, ENDPOINTS[endpoint], error, "req_1")))
+
+
+def chunk(endpoint: str, end: bytes) -> bytes:
+    text: dict[str, Any] = {"text": "a"} if endpoint == "completions" else {"delta": {"content": "a"}}
+    return data(end, **HEAD, object="x", choices=[{"index": 0, **text, "finish_reason": None}])
 
 
 async def read(client: Any, endpoint: str, into: list[Any]) -> None:
@@ -397,7 +534,7 @@ async def read(client: Any, endpoint: str, into: list[Any]) -> None:
 @pytest.mark.parametrize("endpoint", PATHS)
 async def test_the_openai_client_raises_our_error(endpoint: str, end: bytes) -> None:
     chunks: list[Any] = []
-    async with failing(endpoint, end) as backend:
+    async with failing(endpoint, chunk(endpoint, end)) as backend:
         async with openai.AsyncOpenAI(base_url=backend.url + "/v1", api_key="k", max_retries=0) as client:
             with pytest.raises(openai.APIError) as caught:
                 await read(client, endpoint, chunks)
@@ -414,8 +551,54 @@ async def test_the_openai_client_raises_our_error(endpoint: str, end: bytes) -> 
 @pytest.mark.parametrize("endpoint", PATHS)
 async def test_the_fireworks_client_sees_an_answer_that_ended_with_an_error(endpoint: str, end: bytes) -> None:
     chunks: list[Any] = []
-    async with failing(endpoint, end) as backend:
+    async with failing(endpoint, chunk(endpoint, end)) as backend:
         async with fireworks.AsyncFireworks(base_url=backend.url, api_key="k", max_retries=0) as client:
             await read(client, endpoint, chunks)
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, "error"]
     assert [(chunk.id, chunk.created, chunk.model) for chunk in chunks] == [tuple(HEAD.values())] * 2
+
+
+MESSAGE = {"id": "m", "type": "message", "role": "assistant", "content": [], "model": "m", "usage": {"input_tokens": 1}}
+
+
+async def test_the_anthropic_client_raises_our_error() -> None:
+    first = event(b"event: message_start", data(type="message_start", message=MESSAGE)[:-2])
+    seen: list[Any] = []
+    async with failing("messages", first) as backend:
+        async with anthropic.AsyncAnthropic(base_url=backend.url, api_key="k", max_retries=0) as client:
+            asked: dict[str, Any] = {**ASKED, "max_tokens": 1, "messages": [{"role": "user", "content": "p"}]}
+            with pytest.raises(anthropic.APIStatusError) as caught:
+                async for event_ in await client.messages.create(**asked):
+                    seen.append(event_.type)  # noqa: PERF401 — what came before it raises is kept
+    assert seen == ["message_start"]
+    assert caught.value.body == {
+        "type": "error",
+        "error": {"type": "timeout_error", "message": "the upstream fell silent"},
+        "request_id": "req_1",
+    }
+
+
+async def test_the_openai_client_reads_an_error_event_of_responses() -> None:
+    first = event(b"event: response.output_text.delta", data(type="response.output_text.delta", sequence_number=6)[:-2])
+    seen: list[Any] = []
+    async with failing("responses", first) as backend:
+        async with openai.AsyncOpenAI(base_url=backend.url + "/v1", api_key="k", max_retries=0) as client:
+            asked: dict[str, Any] = {**ASKED, "input": "p"}
+            stream = await client.responses.create(**asked)
+            seen = [event_ async for event_ in stream]
+    assert [type(event_).__name__ for event_ in seen] == ["ResponseTextDeltaEvent", "ResponseErrorEvent"]
+    assert (seen[1].code, seen[1].message, seen[1].sequence_number) == (
+        "upstream_idle_timeout",
+        "the upstream fell silent",
+        7,
+    )
+
+
+async def test_the_openai_client_raises_our_error_from_any_other_stream() -> None:
+    async with failing("images/generations", data(type="image_generation.partial_image")) as backend:
+        async with openai.AsyncOpenAI(base_url=backend.url + "/v1", api_key="k", max_retries=0) as client:
+            asked: dict[str, Any] = {**ASKED, "prompt": "p"}
+            with pytest.raises(openai.APIError, match="the upstream fell silent") as caught:
+                async for _ in await client.images.generate(**asked):
+                    pass
+    assert caught.value.code == "upstream_idle_timeout"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.errors import GatewayError
+from gateway.errors import Dialect, GatewayError
 from gateway.policy import Limit
 from gateway.standings import Standing, _go_duration, refusal, standing_headers
 from gateway.terms import Charge
@@ -28,8 +30,11 @@ SEATS = standing(seats(64), 3)
 ALL = (REQUESTS, INPUT, OUTPUT, SEATS, MONTH, SPEND)
 
 
-def headers(*standings: Standing, binding: Standing | None = None) -> dict[str, str]:
-    fields = [(name.decode(), value.decode()) for name, value in standing_headers(standings, binding)]
+def headers(
+    *standings: Standing, binding: Standing | None = None, dialect: Dialect = "openai", now: float = 0.0
+) -> dict[str, str]:
+    told = standing_headers(standings, binding, dialect, now)
+    fields = [(name.decode(), value.decode()) for name, value in told]
     assert len(dict(fields)) == len(fields)
     return dict(fields)
 
@@ -160,3 +165,71 @@ def test_a_caller_without_a_seat_is_told_how_many_are_taken() -> None:
         "team research has 61 of 64 concurrent requests open (limit seats); one more fits when one of them ends"
     )
     assert refused(error)["retry-after"] == "1"
+
+
+# — in Anthropic's words
+
+NOON = 1_790_510_400.0  # 2026-09-27T12:00:00Z
+
+
+def test_anthropics_clients_read_sorts_and_times_of_their_own() -> None:
+    shown = headers(*ALL, dialect="anthropic", now=NOON + 0.5)
+    assert {name: value for name, value in shown.items() if not name.startswith("ratelimit")} == {
+        "anthropic-ratelimit-requests-limit": "100",
+        "anthropic-ratelimit-requests-remaining": "40",
+        "anthropic-ratelimit-requests-reset": "2026-09-27T12:00:07Z",
+        "anthropic-ratelimit-tokens-limit": "100000",
+        "anthropic-ratelimit-tokens-remaining": "10000",
+        "anthropic-ratelimit-tokens-reset": "2026-09-27T12:00:55Z",
+        "anthropic-ratelimit-input-tokens-limit": "1000000",
+        "anthropic-ratelimit-input-tokens-remaining": "900000",
+        "anthropic-ratelimit-input-tokens-reset": "2026-09-27T12:00:07Z",
+        "anthropic-ratelimit-output-tokens-limit": "100000",
+        "anthropic-ratelimit-output-tokens-remaining": "10000",
+        "anthropic-ratelimit-output-tokens-reset": "2026-09-27T12:00:55Z",
+    }
+
+
+def test_the_structured_fields_are_the_same_in_both_dialects() -> None:
+    openai, anthropic = headers(*ALL), headers(*ALL, dialect="anthropic")
+    for field in ("ratelimit", "ratelimit-policy"):
+        assert openai[field] == anthropic[field]
+
+
+def test_the_limit_that_refuses_is_shown_in_each_of_its_sorts() -> None:
+    shown = headers(*ALL, binding=INPUT, dialect="anthropic")
+    assert shown["anthropic-ratelimit-tokens-limit"] == shown["anthropic-ratelimit-input-tokens-limit"] == "1000000"
+    assert shown["anthropic-ratelimit-output-tokens-limit"] == "100000"
+
+
+def test_a_sort_without_a_limit_is_not_spoken_of() -> None:
+    shown = headers(MONTH, dialect="anthropic")
+    assert {name for name in shown if name.startswith("anthropic")} == {
+        f"anthropic-ratelimit-tokens-{what}" for what in ("limit", "remaining", "reset")
+    }
+    assert headers(dialect="anthropic") == {}
+
+
+@given(reset=st.floats(0, 1e18), now=st.floats(0, 4e9))
+def test_a_reset_is_a_time_that_is_not_too_early(reset: float, now: float) -> None:
+    shown = headers(standing(rate(1, "day"), 0, reset), dialect="anthropic", now=now)
+    told = shown["anthropic-ratelimit-requests-reset"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", told)
+    at = datetime.fromisoformat(told).timestamp()
+    assert told == "9999-12-31T23:59:59Z" or now + reset <= at <= now + reset + 1
+
+
+def test_without_a_time_it_is_the_clocks() -> None:
+    before = int(time.time())
+    told = dict(standing_headers((REQUESTS,), dialect="anthropic"))[b"anthropic-ratelimit-requests-reset"].decode()
+    assert before + 6 <= datetime.fromisoformat(told).replace(tzinfo=UTC).timestamp() <= time.time() + 7
+
+
+@pytest.mark.parametrize("bound", [REQUESTS, SPEND, SEATS])
+def test_a_refusal_names_its_limit_and_speaks_the_dialect(bound: Standing) -> None:
+    error = refusal(ALL, bound, 1, "anthropic")
+    assert error.policies == (bound.charge.limit.name,)
+    told = refused(error)
+    assert "anthropic-ratelimit-requests-limit" in told
+    assert "x-ratelimit-limit-requests" not in told
+    assert "x-ratelimit-limit-requests" in refused(refusal(ALL, bound, 1))

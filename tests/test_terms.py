@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.endpoints import ENDPOINTS
 from gateway.errors import BadRequest, Forbidden
 from gateway.identity import Principal, anonymous
 from gateway.language import Count
@@ -45,9 +46,9 @@ def snapshot(folder: Path, *limits: dict[str, Any], reserve: str = "max", models
 
 def request(policies: Snapshot, **members: Any) -> InferenceRequest:
     """A request of 100 tokens for at most 200."""
-    usual = {"endpoint": "completions", "path": "/v1/completions", "body": b"{}", "stream": False, "user": "ann"}
+    usual = {"path": "/v1/completions", "body": b"{}", "stream": False, "user": "ann"}
     numbers = {"input_estimate": 100, "output_bound": 200}
-    asked = {"model": policies.models["llama"], "asked_model": "llama"}
+    asked = {"endpoint": ENDPOINTS["completions"], "model": policies.models["llama"], "asked_model": "llama"}
     return InferenceRequest(**{**usual, **numbers, **asked, **members})
 
 
@@ -181,7 +182,7 @@ def test_what_no_limit_could_ever_hold_is_a_bad_request(tmp_path: Path, name: st
 
 def test_of_a_chat_the_messages_are_too_long(policies: Snapshot) -> None:
     with pytest.raises(BadRequest) as refused:
-        terms_for(principal(), request(policies, endpoint="chat/completions", input_estimate=1001), policies)
+        terms_for(principal(), request(policies, endpoint=ENDPOINTS["chat/completions"], input_estimate=1001), policies)
     assert refused.value.param == "messages"
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.policy import Model
-from gateway.usage import NOTHING, TAIL, Tail, Usage, usage_of
+from gateway.usage import HEAD, NOTHING, TAIL, Tail, Usage, usage_of
 
 ESTIMATE = 77
 DONE = b"data: [DONE]\n\n"
@@ -32,11 +33,12 @@ def word(text: str, **members: Any) -> bytes:
     return event(id="c", object="text_completion", choices=[{"index": 0, "text": text}], **members)
 
 
-def used(chunks: Iterable[bytes], *, stream: bool = True) -> Usage:
+def used(chunks: Iterable[bytes], endpoint: str | Endpoint = "completions", *, stream: bool = True) -> Usage:
     tail = Tail()
     for chunk in chunks:
         tail.add(chunk)
-    return usage_of(tail, stream=stream, input_estimate=ESTIMATE)
+    where = ENDPOINTS[endpoint] if isinstance(endpoint, str) else endpoint
+    return usage_of(tail, where, stream=stream, input_estimate=ESTIMATE)
 
 
 def document(usage: object, text: str = "blue") -> bytes:
@@ -101,6 +103,26 @@ STREAMS: dict[str, tuple[list[bytes], Usage]] = {
         Usage(3, 2),
     ),
     "not more is cached than was sent": ([event(usage=report(3, 2, 10))], Usage(3, 2, 3)),
+    "half a report is completed by counting": (
+        [word("a"), word("b", usage={"prompt_tokens": 3})],
+        Usage(3, 2, source="counted"),
+    ),
+    "the other half, too": (
+        [word("a"), word("b", usage={"completion_tokens": 9})],
+        Usage(ESTIMATE, 9, source="counted"),
+    ),
+    "a total of nothing known says nothing": (
+        [word("a", usage={"total_tokens": 9})],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
+    "it may be written as newer endpoints do": (
+        [word("a", usage={"input_tokens": 3, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 1}})],
+        Usage(3, 2, 1),
+    ),
+    "a response further in is another one": (
+        [word("a"), event(response={"usage": report(9, 9)})],
+        Usage(ESTIMATE, 2, source="counted"),
+    ),
     "less than nothing is nothing": ([event(usage=report(-3, -2, -1))], Usage(0, 0)),
     "more than is credible is cut": ([event(usage=report(2**62, 10**15, 10**15))], Usage(10**9, 10**9, 10**9)),
     "without a report events are counted": ([word("a"), word("b"), DONE], Usage(ESTIMATE, 2, source="counted")),
@@ -111,7 +133,7 @@ STREAMS: dict[str, tuple[list[bytes], Usage]] = {
         [word("a", usage={"prompt_tokens": "3", "completion_tokens": "2"})],
         Usage(ESTIMATE, 1, source="counted"),
     ),
-    "half a report is none": (
+    "a report that is cut is none": (
         [word("a"), event(usage=report(3, 2))[:-20]],
         Usage(ESTIMATE, 1, source="counted"),
     ),
@@ -146,7 +168,8 @@ def test_a_long_stream_is_read_from_its_end(data: Any, words: list[int], used_: 
     tail = Tail()
     for chunk in chunks:
         tail.add(chunk)
-    assert usage_of(tail, stream=True, input_estimate=ESTIMATE) == Usage(3, used_)
+    assert usage_of(tail, ENDPOINTS["chat/completions"], stream=True, input_estimate=ESTIMATE) == Usage(3, used_)
+    assert tail.head() == (text + DONE)[:HEAD]
     kept = tail.bytes()
     assert (text + DONE).endswith(kept)
     assert min(TAIL, len(text + DONE)) <= len(kept) <= TAIL + max(map(len, chunks))
@@ -193,9 +216,12 @@ def test_what_a_document_used(text: bytes, expected: Usage) -> None:
     assert used([text[at : at + 1000] for at in range(0, len(text), 1000)], stream=False) == expected
 
 
-@given(chunks=st.lists(st.binary(max_size=200), max_size=20), stream=st.booleans())
-def test_garbage_is_counted(chunks: list[bytes], stream: bool) -> None:
-    found = used(chunks, stream=stream)
+EVERY = st.sampled_from(list(ENDPOINTS))
+
+
+@given(chunks=st.lists(st.binary(max_size=200), max_size=20), stream=st.booleans(), endpoint=EVERY)
+def test_garbage_is_counted(chunks: list[bytes], stream: bool, endpoint: str) -> None:
+    found = used(chunks, endpoint, stream=stream)
     assert found.source == ("counted" if any(chunks) else "none")
 
 
@@ -220,6 +246,15 @@ SIGNS = st.sampled_from(
         b'"prompt_tokens"',
         b'"completion_tokens"',
         b'"prompt_tokens_details"',
+        b'"input_tokens"',
+        b'"output_tokens"',
+        b'"cache_read_input_tokens"',
+        b'"total_tokens"',
+        b'"message"',
+        b'"response"',
+        b'"type":"message_start"',
+        b'"meta"',
+        b'"tokens"',
         b"\xff",
         b"1e999",
         b"9" * 30,
@@ -227,9 +262,11 @@ SIGNS = st.sampled_from(
 )
 
 
-@given(signs=st.lists(SIGNS, max_size=40), before=st.sampled_from([0, TAIL]), stream=st.booleans())
-def test_what_looks_like_usage_never_breaks_anything(signs: list[bytes], before: int, stream: bool) -> None:
-    found = used([b"x" * before, *signs], stream=stream)
+@given(signs=st.lists(SIGNS, max_size=40), before=st.sampled_from([0, TAIL]), stream=st.booleans(), endpoint=EVERY)
+def test_what_looks_like_usage_never_breaks_anything(
+    signs: list[bytes], before: int, stream: bool, endpoint: str
+) -> None:
+    found = used([b"x" * before, *signs], endpoint, stream=stream)
     assert 0 <= found.cached <= found.input <= 10**9
     assert 0 <= found.output <= 10**9
 
@@ -245,14 +282,298 @@ def test_what_looks_like_usage_never_breaks_anything(signs: list[bytes], before:
         b'"usage":{"a":{' + b" " * 1_000_000,
         b'"usage":{"a":{}' * 50_000,
         b'"usage"' + b" " * 1_000_000,
+        b'"meta":{"usage":' * 60_000,
+        b"event: \n" * 120_000,
+        b"event: " * 140_000,
+        b'data: {"type":"message_start","message":' + b'{"usage":' * 100_000,
     ],
 )
+@pytest.mark.parametrize(("endpoint", "stream"), [("completions", True), ("messages", True), ("responses", False)])
 @pytest.mark.timeout(5)
-def test_a_megabyte_of_traps_is_left_in_time(hole: bytes) -> None:
+def test_a_megabyte_of_traps_is_left_in_time(hole: bytes, endpoint: str, stream: bool) -> None:
     """Whoever reads each of them to the end needs minutes, and the event loop stands still."""
-    for stream in (True, False):
-        assert used([hole], stream=stream).source == "counted"
-        assert used([b"x" * TAIL, hole], stream=stream).source == "counted"
+    assert used([hole], endpoint, stream=stream).source == "counted"
+    assert used([b"x" * TAIL, hole], endpoint, stream=stream).source == "counted"
+
+
+# — messages, in Anthropic's words
+
+
+def named(type_: str, **members: Any) -> bytes:
+    """An event of messages and of responses."""
+    return f"event: {type_}\n".encode() + event(type=type_, **members)
+
+
+def anthropic(input_: int | None = None, output: int | None = None, created: Any = None, read: Any = None) -> Any:
+    """A usage as Anthropic writes it, with the members that are given."""
+    members = {
+        "input_tokens": input_,
+        "cache_creation_input_tokens": created,
+        "cache_read_input_tokens": read,
+        "output_tokens": output,
+    }
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def begin(usage: object) -> bytes:
+    return named("message_start", message={"id": "msg_1", "type": "message", "content": [], "usage": usage})
+
+
+def text(words: str) -> bytes:
+    return named("content_block_delta", index=0, delta={"type": "text_delta", "text": words})
+
+
+def end(usage: object) -> bytes:
+    return named("message_delta", delta={"stop_reason": "end_turn"}, usage=usage)
+
+
+OPEN = named("content_block_start", index=0, content_block={"type": "text", "text": ""})
+PING = named("ping")
+STOP = named("message_stop")
+
+MESSAGES: dict[str, tuple[list[bytes], Usage]] = {
+    "the input is in the first event, the output in the last one": (
+        [begin(anthropic(3, 1)), OPEN, PING, text("a"), end(anthropic(output=2)), STOP],
+        Usage(3, 2),
+    ),
+    "what was cached or is from now on is input, too": (
+        [begin(anthropic(3, 1, created=10, read=100)), text("a"), end(anthropic(output=2)), STOP],
+        Usage(113, 2, 100),
+    ),
+    "the last event may say it all": ([text("a"), end(anthropic(3, 2, 10, 100)), STOP], Usage(113, 2, 100)),
+    "and what it says holds": (
+        [begin(anthropic(1, 1, 1, 1)), text("a"), end(anthropic(3, 2, 10, 100)), STOP],
+        Usage(113, 2, 100),
+    ),
+    "member by member": ([begin(anthropic(3, 1, 10, 100)), end(anthropic(5, 2)), STOP], Usage(115, 2, 100)),
+    "the last of several counts": (
+        [begin(anthropic(3, 1)), end(anthropic(output=2)), text("a"), end(anthropic(output=7)), STOP],
+        Usage(3, 7),
+    ),
+    "a stream that is cut is counted from its first event on": (
+        [begin(anthropic(3, 1, read=2)), OPEN, PING, text("a"), text("b")],
+        Usage(5, 2, 2, source="counted"),
+    ),
+    "without a first event the input is estimated": (
+        [text("a"), end(anthropic(output=2)), STOP],
+        Usage(ESTIMATE, 2, source="counted"),
+    ),
+    "without a report only events with text are counted": (
+        [begin(None), OPEN, PING, text("a"), text("b"), text("c"), named("content_block_stop"), end(None), STOP],
+        Usage(ESTIMATE, 3, source="counted"),
+    ),
+    "words are no numbers": (
+        [begin({"input_tokens": "3"}), text("a"), end({"output_tokens": "2"}), STOP],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
+    "less than nothing is nothing": ([begin(anthropic(-3, 1, -1, -1)), end(anthropic(output=-2))], Usage(0, 0)),
+    "more than is credible is cut": (
+        [begin(anthropic(2**70, 1, 10**15, 10**15)), end(anthropic(output=10**12))],
+        Usage(10**9, 10**9, 10**9),
+    ),
+    "what the model says of a beginning is text": (
+        [begin(anthropic(3, 1)), text(begin(anthropic(9, 9)).decode()), end(anthropic(output=2))],
+        Usage(3, 2),
+    ),
+    "lines may end as on the wire of HTTP": (
+        [
+            chunk.replace(b"\n", b"\r\n")
+            for chunk in (begin(anthropic(3, 1)), text("a"), end(anthropic(output=2)), STOP)
+        ],
+        Usage(3, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("chunks", "expected"), MESSAGES.values(), ids=MESSAGES)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_what_a_stream_of_messages_used(chunks: list[bytes], expected: Usage, data: Any) -> None:
+    assert used(pieces(b"".join(chunks), data), "messages") == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), words=st.lists(st.integers(1, 3000), min_size=10, max_size=30))
+def test_the_beginning_of_a_long_stream_is_kept(data: Any, words: list[int]) -> None:
+    said = begin(anthropic(3, 1, read=2)) + OPEN + b"".join(text("x" * length) for length in words)
+    assert used(pieces(said + end(anthropic(output=9)) + STOP, data), "messages") == Usage(5, 9, 2)
+    assert used(pieces(said, data), "messages") == Usage(5, len(words), 2, source="counted")
+
+
+def test_a_whole_message_used() -> None:
+    whole = {"type": "message", "content": [{"text": "x"}], "usage": anthropic(3, 2, 10, 100)}
+    assert used([json.dumps(whole).encode()], "messages", stream=False) == Usage(113, 2, 100)
+    whole["content"] = [{"text": "x" * 3 * TAIL}]
+    assert used([json.dumps(whole).encode()], "messages", stream=False) == Usage(113, 2, 100)
+
+
+# — responses
+
+
+def response(usage: object, words: str = "", **members: Any) -> dict[str, Any]:
+    """A response as OpenAI writes it, its text in the middle and its usage behind it."""
+    return {"id": "r", "object": "response", "output": [{"text": words}], "usage": usage, "user": None, **members}
+
+
+def newer(input_: int, output: int, cached: int = 0) -> dict[str, Any]:
+    return {
+        "input_tokens": input_,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": output,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": input_ + output,
+    }
+
+
+def delta(words: str) -> bytes:
+    return named("response.output_text.delta", delta=words)
+
+
+CREATED = named("response.created", response=response(None)) + named("response.in_progress", response=response(None))
+WORDS = "x" * 3 * TAIL
+
+RESPONSES: dict[str, tuple[list[bytes], Usage]] = {
+    "the last event has the whole response in it": (
+        [CREATED, delta("a"), delta("b"), named("response.completed", response=response(newer(3, 2, 1)))],
+        Usage(3, 2, 1),
+    ),
+    "however it ended": (
+        [CREATED, delta("a"), named("response.incomplete", response=response(newer(3, 2, 1)))],
+        Usage(3, 2, 1),
+    ),
+    "it may be longer than the tail": (
+        [CREATED, delta(WORDS), named("response.completed", response=response(newer(3, 2, 1), WORDS))],
+        Usage(3, 2, 1),
+    ),
+    "and its number may stand behind it": (
+        [CREATED, event(type="response.completed", response=response(newer(3, 2), WORDS), sequence_number=9), DONE],
+        Usage(3, 2),
+    ),
+    "a stream that is cut is counted by its words": (
+        [CREATED, named("response.output_item.added"), delta("a"), delta("b"), named("response.output_text.done")],
+        Usage(ESTIMATE, 2, source="counted"),
+    ),
+    "and so is one that failed": (
+        [CREATED, delta("a"), named("response.failed", response=response(None))],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
+    "calls of functions are words": (
+        [CREATED, named("response.function_call_arguments.delta", delta="{")],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
+    "a usage beside the response is another one": (
+        [CREATED, delta("a"), named("x", usage=newer(9, 9)), named("y", response={"x": {"usage": newer(9, 9)}})],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("chunks", "expected"), RESPONSES.values(), ids=RESPONSES)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_what_a_stream_of_responses_used(chunks: list[bytes], expected: Usage, data: Any) -> None:
+    assert used(pieces(b"".join(chunks), data), "responses") == expected
+
+
+@pytest.mark.parametrize("words", ["a", WORDS])
+def test_what_a_response_used(words: str) -> None:
+    assert used([json.dumps(response(newer(3, 2, 1), words)).encode()], "responses", stream=False) == Usage(3, 2, 1)
+
+
+# — endpoints whose answers hold no tokens of output
+
+DATA = [{"embedding": [0.25] * 9000}]
+COHERE = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1, "input_tokens": 5}}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "answer", "expected"),
+    [
+        ("embeddings", {"data": DATA, "usage": {"prompt_tokens": 3, "total_tokens": 3}}, Usage(3, 0)),
+        ("embeddings", {"data": DATA, "usage": {"total_tokens": 3}}, Usage(3, 0)),
+        ("embeddings", {"data": DATA, "usage": {**report(3, 9), "total_tokens": 12}}, Usage(3, 0)),
+        ("embeddings", {"data": DATA}, Usage(ESTIMATE, 0, source="counted")),
+        ("rerank", {"results": DATA, "usage": {"total_tokens": 3}}, Usage(3, 0)),
+        ("rerank", {"id": "r", "usage": {"prompt_tokens": 3, "total_tokens": 3}, "results": DATA}, Usage(3, 0)),
+        ("rerank", {"results": DATA, "meta": COHERE}, Usage(5, 0)),
+        ("rerank", {"results": DATA, "meta": {"tokens": {"input_tokens": 5, "output_tokens": 0}}}, Usage(5, 0)),
+        (
+            "rerank",
+            {"results": DATA, "meta": {"billed_units": {"search_units": 1}, "tokens": {"input_tokens": 5}}},
+            Usage(5, 0),
+        ),
+        (
+            "rerank",
+            {"results": DATA, "meta": {"billed_units": {"search_units": 1}}},
+            Usage(ESTIMATE, 0, source="counted"),
+        ),
+        ("images/generations", {"data": DATA, "usage": {"input_tokens": 3, "output_tokens": 272}}, Usage(3, 272)),
+        ("images/generations", {"data": [{"b64_json": "x" * 2**22}]}, Usage(ESTIMATE, 0, source="counted")),
+        ("images/edits", {"data": [{"b64_json": "x" * 2**22}], "usage": newer(3, 2)}, Usage(3, 2)),
+        ("audio/transcriptions", {"text": "a", "usage": {"type": "tokens", **newer(3, 2)}}, Usage(3, 2)),
+        (
+            "audio/transcriptions",
+            {"text": "a", "usage": {"type": "duration", "seconds": 9}},
+            Usage(77, 0, 0, "counted"),
+        ),
+        ("audio/translations", {"text": "a" * 9000}, Usage(ESTIMATE, 0, source="counted")),
+    ],
+)
+def test_what_answers_without_text_used(endpoint: str, answer: Any, expected: Usage) -> None:
+    whole = json.dumps(answer).encode()
+    assert used([whole], endpoint, stream=False) == expected
+    assert used([whole[at : at + 1000] for at in range(0, len(whole), 1000)], endpoint, stream=False) == expected
+
+
+def test_a_text_that_is_no_json_has_no_tokens_there() -> None:
+    assert used([b"one two three"], "audio/transcriptions", stream=False) == Usage(ESTIMATE, 0, source="counted")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "events", "expected"),
+    [
+        (
+            "audio/transcriptions",
+            [event(type="transcript.text.delta", delta="a"), event(type="transcript.text.done", usage=newer(3, 2))],
+            Usage(3, 2),
+        ),
+        (
+            "audio/transcriptions",
+            [event(type="transcript.text.delta", delta="a")],
+            Usage(ESTIMATE, 0, source="counted"),
+        ),
+        (
+            "images/generations",
+            [event(type="image_generation.completed", b64_json="x" * 2**20, usage=newer(3, 272))],
+            Usage(3, 272),
+        ),
+    ],
+)
+def test_what_their_streams_used(endpoint: str, events: list[bytes], expected: Usage) -> None:
+    assert used(events, endpoint) == expected
+    assert used([b"".join(events)[at : at + 500] for at in range(0, len(b"".join(events)), 500)], endpoint) == expected
+
+
+@pytest.mark.parametrize("where", ["results", "data"])
+@pytest.mark.parametrize("padding", [0, 3 * TAIL])
+def test_what_a_caller_sent_of_usage_is_not_believed(where: str, padding: int) -> None:
+    """A backend may say a caller's documents back, and these may look like reports."""
+    said = {"usage": {"total_tokens": 0}, "meta": {"tokens": {"input_tokens": 0}}}
+    for answer in (
+        {where: [{"document": said}, {"document": {"text": "x" * padding, **said}}]},
+        {where: [{"document": said}, {"document": {**said, "text": "x" * padding}}]},
+        {where: {**said, "x": {"y": "x" * padding, **said}}},
+    ):
+        whole = json.dumps(answer).encode()
+        chunks = [whole[at : at + 1000] for at in range(0, len(whole), 1000)]
+        assert used(chunks, "rerank", stream=False) == Usage(ESTIMATE, 0, source="counted")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_route_is_metered_by_request(stream: bool) -> None:
+    route = Endpoint("/v1/moderations*", body="any")
+    for chunks in ([], [json.dumps({"usage": report(3, 2)}).encode()], [word("a"), word("b")]):
+        assert used(chunks, route, stream=stream) == Usage(0, 0)
 
 
 # — what it costs
@@ -260,7 +581,7 @@ def test_a_megabyte_of_traps_is_left_in_time(hole: bytes) -> None:
 
 def model(input_price: int, cached: int, output: int) -> Model:
     """Prices are micro-dollars per million tokens."""
-    return Model("m", None, "demo", "fireworks", "m", 16, input_price, cached, output)
+    return Model("m", "m", None, "demo", "fireworks", "m", 16, input_price, cached, output)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 import gateway.wire
-from gateway.errors import UpstreamFailed, UpstreamTimeout
+from gateway.errors import ClientGone, TooLarge, UpstreamFailed, UpstreamTimeout
 from gateway.language import Timeouts
 from gateway.wire import IDLE, Reply, Stream, Wire, _patience, _Question, trusting
 from tests.corpus.responses import CASES
@@ -293,6 +293,252 @@ async def test_a_streamed_body_of_another_length_is_a_defect_and_cuts_the_line(l
             await wire.handle_async_request(request)
         await promptly(backend.peers[0].gone.wait())
         assert not backend.requests
+
+
+class Passing(httpx.AsyncByteStream):
+    """A stream that is its content and nothing between."""
+
+    def __init__(self, content: AsyncIterator[bytes]) -> None:
+        self._content = content
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._content
+
+
+def uploading(content: AsyncIterator[bytes], length: int | None) -> httpx.Request:
+    framing = {"transfer-encoding": "chunked"} if length is None else {"content-length": str(length)}
+    return httpx.Request("POST", "http://upstream/", headers={"host": "upstream", **framing}, stream=Passing(content))
+
+
+async def test_a_stream_of_unknown_length_is_sent_in_chunks() -> None:
+    async def script(peer: Peer) -> None:
+        expected = b"POST / HTTP/1.1\r\nhost: upstream\r\ntransfer-encoding: chunked\r\n\r\n"
+        expected += b"3\r\nabc\r\n" + b"2710\r\n" + b"x" * 10_000 + b"\r\n0\r\n\r\n"
+        assert await peer._reader.readexactly(len(expected)) == expected
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"abc"
+        yield b""  # which would be the end
+        yield b"x" * 10_000
+
+    async with Backend(script, ok(b"{}")) as backend, wired(backend) as wire:
+        response = await wire.handle_async_request(uploading(content(), None))
+        assert await read(cast(Reply, response.stream)) == b"{}"
+        assert len(wire.idle) == 1
+
+
+@pytest.mark.parametrize("length", [1000, None])
+@pytest.mark.parametrize("error", [ClientGone(), TooLarge("more")], ids=["gone", "too large"])
+async def test_what_a_stream_raises_comes_out_as_it_is_and_cuts_the_line(error: Exception, length: int | None) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b"abc"
+        raise error
+
+    async with Backend(Peer.head) as backend, wired(backend) as wire:
+        with pytest.raises(type(error)) as caught:
+            await wire.handle_async_request(uploading(content(), length))
+        assert caught.value is error
+        await promptly(backend.peers[0].gone.wait())
+
+
+@pytest.mark.parametrize("waits", ["for the caller", "for the upstream"])
+@pytest.mark.parametrize(("step", "code"), [(ok(b"{}"), None), (Peer.reset, "upstream_disconnected")])
+async def test_a_stream_is_let_go_of_when_it_is_not_wanted_any_more(waits: str, step: Step, code: str | None) -> None:
+    """Nobody else may read from the caller before that."""
+    ended: list[bool] = []
+
+    async def content() -> AsyncIterator[bytes]:
+        try:
+            yield b"abc"
+            if waits == "for the caller":
+                await asyncio.Event().wait()
+            while True:
+                yield bytes(1_000_000)
+        finally:
+            ended.append(True)
+
+    async with Backend(Peer.head, slowly, step) as backend, wired(backend) as wire:
+        if code is None:
+            response = await wire.handle_async_request(uploading(content(), None))
+            assert ended == [True]
+            await response.aclose()
+        else:
+            with fails(code):
+                await wire.handle_async_request(uploading(content(), None))
+            assert ended == [True]
+
+
+async def test_a_cancelled_upload_lets_go_of_its_stream_and_of_its_connection() -> None:
+    ended, begun = asyncio.Event(), asyncio.Event()
+
+    async def content() -> AsyncIterator[bytes]:
+        try:
+            yield b"abc"
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with Backend(Peer.head) as backend, wired(backend) as wire:
+        asking = asyncio.create_task(wire.handle_async_request(uploading(content(), 1000)))
+        await begun.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert ended.is_set()
+        await promptly(backend.peers[0].gone.wait())
+
+
+async def test_the_first_byte_of_an_answer_counts_from_the_end_of_a_stream() -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            yield b"abc"
+
+    loop = asyncio.get_running_loop()
+    late = (Peer.request, slowly, ok(b"{}"))
+    async with Backend(*late) as backend, wired(backend, first_byte="200ms", idle="60ms") as wire:
+        response = await wire.handle_async_request(uploading(slow(), 12))
+        assert await read(cast(Reply, response.stream)) == b"{}"
+    async with Backend(Peer.request) as backend, wired(backend, first_byte="200ms") as wire:
+        started = loop.time()
+        with fails("upstream_first_byte_timeout", UpstreamTimeout):
+            await wire.handle_async_request(uploading(slow(), 12))
+        assert 0.58 < loop.time() - started < 1
+
+
+async def test_a_stream_whose_caller_took_long_before_is_sent_all_the_same() -> None:
+    async with Backend(Peer.request, ok(b"{}")) as backend, wired(backend, first_byte="200ms") as wire:
+        request = uploading(pieces(3, 1), 3)
+        request.extensions["since"] = asyncio.get_running_loop().time() - 10
+        response = await wire.handle_async_request(request)
+        assert await read(cast(Reply, response.stream)) == b"{}"
+
+
+async def test_the_total_counts_while_a_stream_is_slow() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.02)
+            yield b"abc"
+
+    async with Backend(Peer.head) as backend, wired(backend, total="300ms", first_byte="100ms") as wire:
+        with fails("upstream_total_timeout", UpstreamTimeout):
+            await wire.handle_async_request(uploading(endless(), None))
+
+
+@pytest.mark.parametrize("takes", [False, True])
+async def test_an_upstream_that_takes_nothing_of_a_stream_has_until_the_idle_deadline(takes: bool) -> None:
+    """One that takes a little, however slowly, has longer: until the total."""
+
+    async def script(peer: Peer) -> None:
+        while takes:
+            await asyncio.sleep(0.02)
+            await peer._reader.readexactly(1_000_000)
+        await asyncio.Event().wait()
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(32_000_000)
+
+    code = "upstream_total_timeout" if takes else "upstream_idle_timeout"
+    async with Backend(script) as backend, wired(backend, idle="300ms", total="1s", first_byte="100ms") as wire:
+        started = asyncio.get_running_loop().time()
+        with fails(code, UpstreamTimeout):
+            await wire.handle_async_request(uploading(endless(), None))
+        took = asyncio.get_running_loop().time() - started
+    assert took > 0.98 if takes else 0.28 < took < 0.9
+
+
+async def test_a_caller_who_is_slow_is_not_taken_for_an_upstream_that_was() -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield bytes(16_000_000)  # more than the kernel holds: the upstream is waited for
+        await asyncio.sleep(0.4)
+        yield b"abc"
+
+    async with Backend(Peer.request, ok(b"{}")) as backend, wired(backend, idle="200ms") as wire:
+        response = await wire.handle_async_request(uploading(content(), 16_000_003))
+        assert await read(cast(Reply, response.stream)) == b"{}"
+
+
+async def test_an_upstream_that_was_slow_with_a_stream_is_not_held_late_with_its_answer() -> None:
+    async def script(peer: Peer) -> None:
+        await asyncio.sleep(0.25)
+        await peer.send(EVENTS)
+        await asyncio.sleep(0.45)
+        await peer.send(chunk(b"a") + END)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(1_000_000)
+
+    async with Backend(Peer.head, script) as backend, wired(backend, idle="400ms") as wire:
+        response = await wire.handle_async_request(uploading(endless(), None))
+        await asyncio.sleep(0.3)  # nobody waits for the upstream
+        assert await read(cast(Reply, response.stream)) == b"a"
+
+
+REFUSAL = b"HTTP/1.1 413 Content Too Large\r\ncontent-length: 9\r\nconnection: close\r\n\r\ntoo large"
+
+
+@pytest.mark.parametrize("end", [Peer.close, Peer.reset])
+@pytest.mark.parametrize("size", [10, 100_000])
+async def test_a_refusal_with_a_close_is_heard_in_the_middle_of_a_stream(size: int, end: Step) -> None:
+    async with Backend(Peer.head, REFUSAL, turn, end) as backend, wired(backend) as wire:
+        response = await wire.handle_async_request(uploading(pieces(size, 10**6), None))
+        assert (response.status_code, await read(cast(Reply, response.stream))) == (413, b"too large")
+
+
+async def test_a_refusal_is_heard_while_the_caller_is_slow() -> None:
+    async def stuck() -> AsyncIterator[bytes]:
+        yield b"abc"
+        await asyncio.Event().wait()
+
+    async with Backend(Peer.head, REFUSAL) as backend, wired(backend) as wire:
+        response = await asyncio.wait_for(wire.handle_async_request(uploading(stuck(), 1000)), 1)
+        assert (response.status_code, await read(cast(Reply, response.stream))) == (413, b"too large")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (REFUSAL, None),
+        (REFUSAL[:-1], "upstream_disconnected"),
+        (REFUSAL[:20], "upstream_disconnected"),
+        (b"220 mail", "upstream_protocol_error"),
+        (b"", "upstream_disconnected"),
+        (REFUSAL.replace(b" 9", b" 1000000")[:-9] + bytes(1_000_000), "upstream_disconnected"),
+    ],
+    ids=["whole", "cut", "cut in the head", "not HTTP", "nothing", "more than may wait"],
+)
+async def test_what_was_answered_before_a_reset_is_read_though_we_were_writing(answer: bytes, code: str | None) -> None:
+    """The loop sees the reset only by a write that fails: nothing else ran since the upstream answered."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    wire = TimedWire(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"x" * 1000
+        await asyncio.sleep(0.05)
+        peer, _ = listener.accept()
+        peer.setblocking(False)
+        with suppress(BlockingIOError):
+            peer.send(answer)
+        peer.close()  # with bytes unread: that is a reset
+        for _ in range(50):
+            yield b"x" * 1000
+
+    with listener:
+
+        async def outcome() -> tuple[int, bytes]:
+            response = await wire.handle_async_request(uploading(content(), None))
+            return response.status_code, await read(cast(Reply, response.stream))
+
+        if code is None:
+            assert await outcome() == (413, b"too large")
+        else:
+            with fails(code):
+                await outcome()
+    assert wire.in_flight == 0
+    await wire.aclose()
 
 
 # — the answer

@@ -13,6 +13,7 @@ import sys
 import uvicorn
 
 from gateway.asgi import Receive, Scope, Send, read_body
+from gateway.endpoints import ENDPOINTS
 from gateway.language import PoolPolicy, UpstreamPolicy
 from gateway.normalize import InferenceRequest
 from gateway.policy import Model
@@ -30,11 +31,11 @@ class Forward:
         pool = PoolPolicy(upstreams=(own,))
         self.upstream = Upstream(pool, own, Wire(own.url), None)
         self.upstream.join("bench", pool, own, lambda: False)
-        self.model = Model("m", None, "bench", "fireworks", "m", 1, 0, 0, 0)
+        self.model = Model("m", "m", None, "bench", "fireworks", "m", 1, 0, 0, 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_body(scope, receive, 1 << 20)
-        request = InferenceRequest("completions", scope["path"], self.model, "m", body, False, None, 0, 0)
+        request = InferenceRequest(ENDPOINTS["completions"], scope["path"], self.model, "m", body, False, None, 0, 0)
         answer = await self.upstream.ask(request, scope["headers"], [], asyncio.get_running_loop().time())
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         async for chunk in answer:

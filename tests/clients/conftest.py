@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.clients import served
-from tests.clients.sdks import ALIAS, MODEL, OTHER, SDKS, Caller, Sdk
+from tests.clients.sdks import ALIAS, ANTHROPIC, MODEL, NEWER, OTHER, SDKS, Caller, Sdk
 
 # Each test is a user of its own, so that no test takes another one's share.
 PLANS = {
@@ -28,12 +28,13 @@ PLANS = {
 
 
 def policies(backend: str) -> dict[str, Any]:
-    """Two models on one backend, and a team for each plan, called as the plan."""
+    """Three models on one backend, and a team for each plan, called as the plan."""
     price = {"input": 1.0, "output": 2.0}
     return {
         "models": {
             MODEL: {"aliases": [ALIAS], "family": "qwen3", "pool": "demo", "price": price},
             OTHER: {"pool": "demo", "price": price},
+            NEWER: {"pool": "demo", "price": price},
         },
         "families": {"qwen3": {"reasoning_effort": ["none", "low", "medium", "high", "integer", "boolean"]}},
         "pools": {"demo": {"upstreams": [{"url": backend}]}},
@@ -67,8 +68,8 @@ def gateway(backend: served.Backend, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(params=SDKS)
 def sdk(request: pytest.FixtureRequest) -> Sdk:
-    """Each of the four kinds of client in turn."""
-    return SDKS[request.param]
+    """Each of the four kinds of client in turn, where a test names no others."""
+    return (SDKS | ANTHROPIC)[request.param]
 
 
 @pytest.fixture

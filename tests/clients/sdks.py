@@ -1,4 +1,4 @@
-"""The SDKs' four clients behind one face: what they have in common is said once."""
+"""The SDKs' clients behind one face: what they have in common is said once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+import anthropic
 import fireworks
 import httpx
 import openai
@@ -20,7 +21,9 @@ Api = Literal["completions", "chat"]
 
 MODEL = "accounts/fireworks/models/qwen3-8b"
 ALIAS = "qwen3-8b"
-OTHER = "accounts/fireworks/models/llama-v2-7b"
+OTHER = "accounts/fireworks/models/llama-v2-7b"  # the older reference's example
+NEWER = "accounts/fireworks/models/kimi-k2-instruct-0905"  # the newer one's
+MODELS = [MODEL, OTHER, NEWER]
 
 
 async def done(result: Any) -> Any:
@@ -79,12 +82,17 @@ class Caller:
     client: Any
     called: str
 
+    @property
+    def named(self) -> dict[str, str]:
+        """The headers that call a request so."""
+        return {"x-request-id": self.called}
+
     async def ask(self, prompt: str, api: Api = "completions", *, raw: bool = False, **given: Any) -> Any:
         """The answer, or the stream of it; `raw`: the response that it comes in."""
         words: dict[str, Any] = {"prompt": prompt}
         if api == "chat":
             words = {"messages": [{"role": "user", "content": prompt}]}
-        named = {"user": self.called, "extra_headers": {"x-request-id": self.called}}
+        named = {"user": self.called, "extra_headers": self.named}
         resource = self.client.chat.completions if api == "chat" else self.client.completions
         create = (resource.with_raw_response if raw else resource).create
         return await done(create(**{"model": MODEL, **words, **named, **given}))
@@ -95,4 +103,10 @@ SDKS = {
     "openai-async": Sdk(openai, openai.AsyncOpenAI, "/v1", openai.APIError),
     "fireworks": Sdk(fireworks, fireworks.Fireworks, "", httpx.TransportError),
     "fireworks-async": Sdk(fireworks, fireworks.AsyncFireworks, "", httpx.TransportError),
+}
+
+# Anthropic's have an API of their own.
+ANTHROPIC = {
+    "anthropic": Sdk(anthropic, anthropic.Anthropic, "", anthropic.APIError),
+    "anthropic-async": Sdk(anthropic, anthropic.AsyncAnthropic, "", anthropic.APIError),
 }

@@ -7,7 +7,7 @@ import json
 import fireworks
 import pytest
 
-from tests.clients.sdks import MODEL, OTHER, Caller, done, rest, text
+from tests.clients.sdks import MODEL, MODELS, Caller, done, rest, text
 from tests.clients.served import Backend, Served
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("sdk", ["fireworks", "fireworks-async"], indirect=True)]
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("sdk", ["fireworks", "f
 
 async def test_models_stand_where_the_inference_api_has_them(caller: Caller) -> None:
     listed = await done(caller.client.get("/inference/v1/models", cast_to=object))
-    assert [model["id"] for model in listed["data"]] == [MODEL, OTHER]
+    assert [model["id"] for model in listed["data"]] == MODELS
 
 
 async def test_the_api_of_accounts_is_not_the_gateways(caller: Caller) -> None:
@@ -50,3 +50,13 @@ async def test_an_error_inside_a_stream_is_a_chunk_and_what_was_said_before_is_c
     (line,) = await gateway.log.wait(caller.called, 1)
     assert (line["outcome"], line["usage_source"]) == ("complete", "counted")
     assert line["output_tokens"] >= 2
+
+
+async def test_its_messages_are_anthropics(caller: Caller, gateway: Served, backend: Backend) -> None:
+    asked = {"messages": [{"role": "user", "content": "to be or not"}], "model": MODEL, "extra_headers": caller.named}
+    message = await done(caller.client.messages.create(max_tokens=6, **asked))
+    assert [block.text for block in message.content] == ["to be or not to be"]
+    assert [message.usage[f"{kind}_tokens"] for kind in ("input", "output")] == [4, 6]
+    (line,) = await gateway.log.wait(caller.called, 1)
+    assert (line["usage_source"], line["input_tokens"], line["output_tokens"]) == ("upstream", 4, 6)
+    assert [row["path"] for row in await backend.rows(caller.called)] == ["/v1/messages"]

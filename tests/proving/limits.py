@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 import redis
 
 from gateway.admission import Admission
+from gateway.errors import Dialect
 from gateway.exchange import new_id
 from gateway.language import Count
 from gateway.policy import Limit
@@ -58,6 +59,7 @@ class Request:
     use: Mapping[str, int] = field(default_factory=dict)
     id: str = field(default_factory=new_id)
     ended: bool = False
+    dialect: Dialect = "openai"
 
     def end(self, error: BaseException | None) -> None:
         assert not self.ended
