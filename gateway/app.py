@@ -161,7 +161,10 @@ class Gateway:
 
 
 # The page has nothing from elsewhere, and no script.
-_PAGE = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'", "x-content-type-options": "nosniff"}
+_PAGE = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+}
 
 _NO_PATH = "no such path; see /v1/models, /openapi.json and /docs"
 _ONE_MODEL = tuple(f"{prefix}/models/".encode() for prefix in PREFIXES)
