@@ -23,6 +23,7 @@ class Endpoint:
     events: Events = "other"  # how the events of its streams look
     input: str = "input"  # the member that is to be worked on
     output: str | None = None  # the member that bounds what is produced; None: its answers hold no tokens of output
+    headed: bool = False  # whether usage may stand in the beginning of its answers
     rewrites: bool = False  # whether its requests have aliases, and its streams may be asked for their usage
 
     @property
@@ -41,10 +42,12 @@ ENDPOINTS = {
     for endpoint in (
         Endpoint("completions", events="completions", input="prompt", output="max_tokens", rewrites=True),
         Endpoint("chat/completions", events="chat", input="messages", output="max_tokens", rewrites=True),
-        Endpoint("responses", events="responses", output="max_output_tokens"),
-        Endpoint("messages", dialect="anthropic", events="messages", input="messages", output="max_tokens"),
+        Endpoint("responses", events="responses", output="max_output_tokens", headed=True),
+        Endpoint(
+            "messages", dialect="anthropic", events="messages", input="messages", output="max_tokens", headed=True
+        ),
         Endpoint("embeddings"),
-        Endpoint("rerank", input="documents"),
+        Endpoint("rerank", input="documents", headed=True),
         Endpoint("images/generations", input="prompt"),
         Endpoint("images/edits", body="form", input="prompt"),
         Endpoint("images/variations", body="form", input="image"),

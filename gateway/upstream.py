@@ -285,7 +285,7 @@ class Answer:
         self.model = request.model  # which answers: the one that was asked, or one that stands in for it
         self.attempts = 1
         self.answered = time.monotonic()
-        self.tail = Tail()
+        self.tail = Tail(headed=request.endpoint.headed)
         content_type = _value(self.headers, b"content-type").lower()
         # Of an encoded stream nobody here reads events.
         self.is_stream = content_type.startswith(b"text/event-stream") and not _value(self.headers, b"content-encoding")

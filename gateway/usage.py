@@ -59,13 +59,15 @@ _ROUTED = Usage(0, 0)  # of a route nobody knows how it counts: it is metered by
 
 
 class Tail:
-    """The last bytes of an answer, at least `TAIL` of them, in the chunks in which they came; and the first ones."""
+    """The last bytes of an answer, at least `TAIL` of them, in the chunks in which they came; and the first ones, where
+    they tell of usage: thousands of streams are open at once, and most say it at their end."""
 
-    __slots__ = ("_chunks", "_head", "_kept", "length", "lines")
+    __slots__ = ("_chunks", "_head", "_headed", "_kept", "length", "lines")
 
-    def __init__(self) -> None:
+    def __init__(self, *, headed: bool = True) -> None:
         self._chunks: deque[bytes] = deque()
         self._head = b""
+        self._headed = HEAD if headed else 0
         self._kept = 0
         self.length = 0
         self.lines = 0
@@ -79,11 +81,13 @@ class Tail:
             while self._kept - len(self._chunks[0]) >= TAIL:
                 gone = self._chunks.popleft()
                 self._kept -= len(gone)
-                if len(self._head) < HEAD:
+                if len(self._head) < self._headed:
                     self._head += gone[: HEAD - len(self._head)]
 
     def head(self) -> bytes:
-        """The first bytes, at most `HEAD` of them."""
+        """The first bytes, at most `HEAD` of them, as far as they are kept."""
+        if not self._headed and self.length > self._kept:
+            return b""
         return (self._head + self.bytes())[:HEAD] if len(self._head) < HEAD else self._head
 
     def bytes(self) -> bytes:

@@ -467,8 +467,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._idle = 0.0  # seconds
         self._owed_since: float | None = None  # only while somebody waits for the upstream
         self._sent = True  # the whole question
-        self._room = asyncio.Event()  # the transport has no more to write than it likes
-        self._room.set()
+        self._room: asyncio.Future[None] | None = None  # while the transport has more to write than it likes
         self._untaken = 0  # bytes of a stream that the upstream had not taken, when that was looked at last
         self._paused = False  # by us: too much waits for the reader
         self._timer: asyncio.TimerHandle | None = None
@@ -539,10 +538,10 @@ class _Connection(asyncio.BufferedProtocol):
 
     async def _drained(self) -> None:
         """Waits until the upstream has taken so much that more may be written."""
-        if not self._room.is_set():
+        if self._room is not None:
             self._untaken = self._transport.get_write_buffer_size()
             self.owes()
-            await self._room.wait()
+            await self._room
             self._owed_since = None
 
     def release(self, answer: Reply) -> None:
@@ -629,10 +628,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._paused = False
 
     def pause_writing(self) -> None:
-        self._room.clear()
+        self._room = self.loop.create_future()
 
     def resume_writing(self) -> None:
-        self._room.set()
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
 
     # — what the reader says
 
