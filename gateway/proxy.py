@@ -130,7 +130,8 @@ async def relay(x: Exchange, scope: Scope, send: Send, *, timed: bool) -> list[M
     assert lease is not None
     if x.commented and not (answer.status == 200 and answer.is_stream):
         raise UpstreamFailed(f"the upstream answered {answer.status} when its stream had begun", code="upstream_late")
-    await answer.rename()
+    if answer.model.restore_name:
+        await answer.rename()
     headers = [*answer.headers, *standing_headers(lease.standings, dialect=x.dialect), *_names(x, answer.headers)]
     if timed:
         headers.append((b"server-timing", _timing(x, answer)))

@@ -331,10 +331,10 @@ class Answer:
         return body
 
     async def rename(self) -> None:
-        """Let a JSON answer carry the public name of its model, where policy wants that: the one rewriting there is."""
+        """Let a JSON answer carry the public name of its model: the one rewriting there is."""
         encoded = _value(self.headers, b"content-encoding")
         json = _value(self.headers, b"content-type").lower().startswith(b"application/json")
-        if not self.model.restore_name or self.status != 200 or not json or encoded:
+        if self.status != 200 or not json or encoded:
             return
         if (body := await self.gather(_REWRITTEN)) is not None:
             self.end = _last(renamed(body, self.model.name))
