@@ -69,10 +69,11 @@ Rows = Mapping[str, Member]
 
 def model_of(given: Members) -> str | None:
     """The model that a body names; None where it names none, or not by a string."""
-    value = next((value for name, value in given if name == "model"), None)
-    if value is None or len(value) > MAX_DECODED or memoryview(value)[0] != ord('"'):
-        return None
-    return _STRING.decode(value)
+    for name, value in given:
+        if name == "model":
+            is_string = memoryview(value)[0] == ord('"') and len(value) <= MAX_DECODED
+            return _STRING.decode(value) if is_string else None
+    return None
 
 
 _STRING = Decoder(str)

@@ -79,7 +79,7 @@ def fitted(request: InferenceRequest, room: int) -> InferenceRequest:
     return _for(request.model, request.endpoint, request.given, members, request.query, room)
 
 
-def of_form(endpoint: Endpoint, form: Form, content_type: bytes, snapshot: Snapshot) -> InferenceRequest:
+def of_form(endpoint: Endpoint, form: Form, content_type: bytes, query: bytes, snapshot: Snapshot) -> InferenceRequest:
     """The request in a form, whose body is passed on as it comes but for the model's name. Raises NotFound."""
     model = snapshot.model(form.model)
     if model is None:
@@ -94,6 +94,7 @@ def of_form(endpoint: Endpoint, form: Form, content_type: bytes, snapshot: Snaps
         user=form.fields.get("user"),
         input_estimate=0,  # what a sound or an image holds is known afterwards
         output_bound=0,
+        query=query,
         content_type=content_type,
         upload=form.upload(model.upstream_name),
     )
@@ -137,8 +138,9 @@ def _for(
     asked = values["model"]
     stream = values.get("stream") is True
     truncates = endpoint.rewrites and model.api == "openai" and values.get(_BEHAVIOUR) != "error"
+    output = _asked_output(values)
     if room is None:
-        room = _room(model, values, prompts, truncates)
+        room = _room(model, values, prompts, output, truncates)
     edits = _edits(endpoint, model, asked, values, room)
     injected = (
         stream and endpoint.rewrites and model.usage != "native" and _asks_for_usage(model, members, values, edits)
@@ -152,7 +154,7 @@ def _for(
         stream=stream,
         user=_user(endpoint, values),
         input_estimate=prompts.tokens,
-        output_bound=_output_bound(endpoint, model, values, prompts.number, room),
+        output_bound=_output_bound(endpoint, model, values, prompts.number, output if room is None else room),
         session=_session(endpoint, members, values) if model.affinity else b"",
         injected=injected,
         truncates=truncates,
@@ -223,13 +225,16 @@ _OUTPUTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 def _asked_output(values: Values) -> int | None:
-    return next((values[name] for name in _OUTPUTS if values.get(name) is not None), None)
+    for name in _OUTPUTS:
+        asked: int | None = values.get(name)
+        if asked is not None:
+            return asked
+    return None
 
 
-def _output_bound(endpoint: Endpoint, model: Model, values: Values, prompts: int, room: int | None) -> int:
+def _output_bound(endpoint: Endpoint, model: Model, values: Values, prompts: int, asked: int | None) -> int:
     if endpoint.output is None:
         return 0
-    asked = _asked_output(values) if room is None else room
     if asked is None:
         asked = model.max_output_tokens
     return int(min(asked * (values.get("n") or 1) * prompts, MAX_BOUND))
@@ -240,12 +245,12 @@ def _output_bound(endpoint: Endpoint, model: Model, values: Values, prompts: int
 _BEHAVIOUR = "context_length_exceeded_behavior"
 
 
-def _room(model: Model, values: Values, prompts: Prompts, truncates: bool) -> int | None:
+def _room(model: Model, values: Values, prompts: Prompts, asked: int | None, truncates: bool) -> int | None:
     """What max_tokens is lowered to, so that prompt and answer fit; None: it stays, and the backend may know better.
 
     Raises ContextLengthExceeded where the prompt was counted and not estimated, and the caller wants an error.
     """
-    window, asked = model.context_window, _asked_output(values)
+    window = model.context_window
     if window is None or asked is None or model.api != "openai" or prompts.number != 1:
         return None
     room = window - prompts.tokens

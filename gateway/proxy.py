@@ -104,22 +104,22 @@ async def understood(
     headers, most = scope["headers"], snapshot.gateway.max_body
     if (header(headers, b"content-encoding") or b"identity").lower() != b"identity":
         raise BadRequest("the body is encoded (Content-Encoding), expected it as it is", code="unsupported_encoding")
+    query = scope["query_string"]
+    if x.endpoint.body == "json":
+        body = await read_body(scope, receive, most)
+        x.body_read = True
+        if len(body) > _LARGE:
+            return await asyncio.to_thread(normalize, x.endpoint, body, snapshot, query)
+        return normalize(x.endpoint, body, snapshot, query)
     content_type = header(headers, b"content-type") or b""
-    query = scope.get("query_string", b"")
     if isinstance(to, Route):
         x.upload = upload = Upload(scope, receive, most)
         path = scope["raw_path"].decode().removeprefix("/inference")
         return of_route(to, path, query, scope["method"], content_type, upload if upload.length != 0 else None)
-    if to.body == "form":
-        form = await read_form(scope, receive, most)
-        request = of_form(to, form, content_type, snapshot)
-        x.upload = request.upload
-        return request
-    body = await read_body(scope, receive, most)
-    x.body_read = True
-    if len(body) > _LARGE:
-        return await asyncio.to_thread(normalize, to, body, snapshot, query)
-    return normalize(to, body, snapshot, query)
+    form = await read_form(scope, receive, most)
+    request = of_form(to, form, content_type, query, snapshot)
+    x.upload = request.upload
+    return request
 
 
 async def relay(x: Exchange, scope: Scope, send: Send, *, timed: bool) -> list[Message]:
@@ -219,14 +219,14 @@ def _timing(x: Exchange, answer: Answer) -> bytes:
 
 
 # By what their SDKs report a request.
-_REQUEST_ID = {"openai": b"x-request-id", "anthropic": b"request-id"}
+_REQUEST_IDS = {"openai": (b"x-request-id",), "anthropic": (b"x-request-id", b"request-id")}
 
 
 def _names(x: Exchange, passed: Iterable[tuple[bytes, bytes]] = ()) -> RawHeaders:
     """What the exchange is called: our id always; and as its SDK reports it, where the backend did not say."""
-    own = [(b"x-gateway-request-id", x.id.encode())]
-    named = {name.lower() for name, _ in passed}
-    return own + [(name, x.called) for name in {b"x-request-id", _REQUEST_ID[x.dialect]} if name not in named]
+    there = [name.lower() for name, _ in passed]
+    named = [(name, x.called) for name in _REQUEST_IDS[x.dialect] if name not in there]
+    return [(b"x-gateway-request-id", x.id.encode()), *named]
 
 
 def _called(headers: RawHeaders) -> bytes | None:

@@ -132,6 +132,9 @@ class _Reported(msgspec.Struct):
     cache_read_input_tokens: int | None = None
 
 
+_UNSAID = _Reported()
+
+
 class _Meta(msgspec.Struct):
     """Cohere's: what was charged, and what was counted."""
 
@@ -147,9 +150,11 @@ class _Event(msgspec.Struct):
 
     @property
     def reported(self) -> _Reported | None:
-        meta = self.meta or _Meta()
-        said = (self.usage, meta.billed_units, meta.tokens)
-        return next((usage for usage in said if usage is not None and usage != _Reported()), None)
+        meta = self.meta
+        for usage in (self.usage,) if meta is None else (self.usage, meta.billed_units, meta.tokens):
+            if usage is not None and usage != _UNSAID:
+                return usage
+        return None
 
 
 class _Response(msgspec.Struct):
@@ -190,8 +195,9 @@ def _figures(reported: _Reported, endpoint: Endpoint) -> tuple[int | None, int |
         output = reported.completion_tokens if reported.completion_tokens is not None else reported.output_tokens
         if output is None and None not in (input_, total):  # nullable in the API's UsageInfo; the total is not
             output = (total or 0) - (input_ or 0)
-    details = reported.prompt_tokens_details or reported.input_tokens_details or _Details()
-    return _credible(input_), _credible(output), _credible(details.cached_tokens) or 0
+    details = reported.prompt_tokens_details or reported.input_tokens_details
+    cached = 0 if details is None else _credible(details.cached_tokens) or 0
+    return _credible(input_), _credible(output), cached
 
 
 def _credible(tokens: int | None) -> int | None:
