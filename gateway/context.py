@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 _LONGEST = 64 * 1024  # no error message is longer
+UNSAID = -1  # something fits, and how much only the backend could say: it stopped counting the prompt
 _SANE = 10**9  # no context is larger, and no count of tokens
 
 
@@ -47,6 +48,10 @@ _TEXTS = (
         r"you passed PROMPT input tokens and requested OUTPUT output tokens\. "
         r"however, the model's context length is only WINDOW tokens",
         cuts=True,
+    ),
+    _text(
+        r"context length is WINDOW tokens\. however, you requested OUTPUT output tokens "
+        r"and your prompt contains \d{1,10} characters"
     ),
     _text(r"context length is WINDOW tokens and your request has PROMPT input tokens"),
     _text(r"context length is WINDOW tokens\. however, your (?:request|prompt) has PROMPT input tokens"),
@@ -84,7 +89,8 @@ _TEXTS = (
 
 
 def room(body: bytes) -> int | None:
-    """How many tokens of completion fit beside the prompt, as the backend counted it; 0 where not even that fits.
+    """How many tokens of completion fit beside the prompt, as the backend counted it; 0 where not even that fits, and
+    UNSAID where it did not count to the end.
 
     `body` is a 400 answer. None where it is another error, or one that does not say how long the prompt is.
     """
@@ -115,10 +121,12 @@ def _read(said: str) -> int | None:
     for text in _TEXTS:
         if found := text.pattern.search(said):
             number = {name: int(digits) for name, digits in found.groupdict().items()}
+            if not number.keys() & {"prompt", "total"}:
+                return UNSAID
             window, output = number["window"] - text.spare, number.get("output", 0)
             prompt = number["prompt"] if "prompt" in number else number["total"] - output
             if text.cuts and window > prompt == window - output + 1:
-                return None  # so long or longer
+                return UNSAID
             return _left(window, prompt)
     return None
 

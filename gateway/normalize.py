@@ -73,10 +73,10 @@ def instead(request: InferenceRequest, model: Model) -> InferenceRequest:
     return msgspec.structs.replace(request, model=model)
 
 
-def fitted(request: InferenceRequest, room: int) -> InferenceRequest:
-    """The same request for at most so many tokens in each answer."""
+def fitted(request: InferenceRequest, room: int | None) -> InferenceRequest:
+    """The same request for at most so many tokens in each answer; None: for as many as the backend finds room for."""
     members = contract.take_apart(request.given)
-    return _for(request.model, request.endpoint, request.given, members, request.query, room)
+    return _for(request.model, request.endpoint, request.given, members, request.query, room or _UNBOUND)
 
 
 def of_form(endpoint: Endpoint, form: Form, content_type: bytes, query: bytes, snapshot: Snapshot) -> InferenceRequest:
@@ -154,7 +154,7 @@ def _for(
         stream=stream,
         user=_user(endpoint, values),
         input_estimate=prompts.tokens,
-        output_bound=_output_bound(endpoint, model, values, prompts.number, output if room is None else room),
+        output_bound=_output_bound(endpoint, model, values, prompts.number, room or output),
         session=_session(endpoint, members, values) if model.affinity else b"",
         injected=injected,
         truncates=truncates,
@@ -243,6 +243,7 @@ def _output_bound(endpoint: Endpoint, model: Model, values: Values, prompts: int
 # — context windows, for backends that do not see to them
 
 _BEHAVIOUR = "context_length_exceeded_behavior"
+_UNBOUND = 0  # a room that means that no bound is asked for
 
 
 def _room(model: Model, values: Values, prompts: Prompts, asked: int | None, truncates: bool) -> int | None:
@@ -337,7 +338,9 @@ def _edits(endpoint: Endpoint, model: Model, asked: str, values: Values, room: i
         return edits
     if model.api == "openai" and _BEHAVIOUR in values:
         edits[_BEHAVIOUR] = None
-    if room is not None:
+    if room == _UNBOUND:
+        edits.update(dict.fromkeys((name for name in _OUTPUTS if name in values), None))
+    elif room is not None:
         name = next((name for name in _OUTPUTS if values.get(name) is not None), "max_tokens")
         edits[name] = (name, b"%d" % room)
     for alias, name in _STAND_INS[model.api]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from gateway.asgi import RawHeaders, header
 from gateway.balance import Rotation, Weighed, by_affinity, least_busy
 from gateway.bridge import Bridge
-from gateway.context import room
+from gateway.context import UNSAID, room
 from gateway.errors import Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
@@ -151,13 +151,15 @@ class Opening:
         try:
             told = await answer.gather(_ERROR)
             left = None if told is None else room(told)
+            if left == UNSAID and request.endpoint.events != "chat":
+                left = None  # a chat without a bound gets what is left, a completion sixteen tokens
         except BaseException:
             await answer.leave()
             raise
         if not left:
             return answer
         await answer.leave()
-        return await self._ask_once(pool, fitted(request, left), is_last)
+        return await self._ask_once(pool, fitted(request, None if left == UNSAID else left), is_last)
 
     async def _ask_once(self, pool: Pool, request: InferenceRequest, is_last: bool) -> Answer:
         """The answer of a pool. Raises UpstreamFailed where it has none, or one that another pool may better."""

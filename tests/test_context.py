@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.context import _TEXTS, room
+from gateway.context import _TEXTS, UNSAID, room
 
 
 class Said(NamedTuple):
@@ -105,14 +105,14 @@ SAID = (
     ),
     Said(
         "vLLM since 2026 stops counting at the first token too many, vllm-project/vllm renderers/params.py",
-        None,
+        UNSAID,
         "You passed 801 input tokens and requested 200 output tokens. However, the model's context length is only "
         "1000 tokens, resulting in a maximum input length of 800 tokens. Please reduce the length of the input "
         "prompt.",
     ),
     Said(
         "vLLM says in a later version that it stopped",
-        None,
+        UNSAID,
         "This model's maximum context length is 65536 tokens. However, you requested 16384 output tokens and your "
         "prompt contains at least 49153 input tokens, for a total of at least 65537 tokens. Please reduce the "
         "length of the input prompt or the number of requested output tokens. (parameter=input_tokens, "
@@ -132,7 +132,7 @@ SAID = (
     ),
     Said(
         "vLLM in a later version counts letters",
-        None,
+        UNSAID,
         "This model's maximum context length is 4096 tokens. However, you requested 4096 output tokens and your "
         "prompt contains 581 characters (more than 0 characters, which is the upper bound for 0 input tokens).",
     ),
@@ -380,7 +380,7 @@ def test_any_bytes_are_read(body: bytes) -> None:
 )
 def test_there_is_never_less_room_than_none_or_more_than_any_context_has(message: str) -> None:
     found = room(openai(message))
-    assert found is None or 0 <= found <= 10**9
+    assert found in (None, UNSAID) or 0 <= found <= 10**9
 
 
 @pytest.mark.timeout(5)

@@ -326,6 +326,27 @@ async def test_a_backend_that_names_what_fits_is_asked_once_more_for_that(
     assert [row["output_tokens"] for row in rows(store_url)] == [70]
 
 
+STOPPED = (
+    "You passed 801 input tokens and requested 200 output tokens. However, the model's context length is only 1000"
+)
+
+
+@pytest.mark.parametrize("given", [{"max_tokens": 200}, {"max_completion_tokens": 200, "max_tokens": None}])
+async def test_a_backend_that_did_not_count_to_the_end_is_asked_for_what_is_left_and_may_say_how_much_that_is(
+    store_url: str, given: dict[str, Any]
+) -> None:
+    """vLLM tokenises a text no further than what fits; a chat without a bound gets what its window leaves."""
+    refused = ok(json.dumps({"error": {"message": f"{STOPPED} tokens, …"}}).encode()).replace(b"200 OK", b"400 No", 1)
+    script = forever(Peer.request, refused, Peer.request, answer({"prompt_tokens": 850, "completion_tokens": 150}))
+    async with Backend(script) as backend, gateway(store_url, windowed(backend.url, None)) as house:
+        key = await house.key()
+        chat = await ask(house, "/v1/chat/completions", key, {"model": "m", "messages": TEXT, **given})
+        prompt = await ask(house, "/v1/completions", key, {"model": "m", "prompt": "hello", "max_tokens": 200})
+    assert [chat.status_code, prompt.status_code] == [200, 400]
+    assert sent(backend)[1] == {"model": "m", "messages": TEXT}
+    assert len(backend.requests) == 3
+
+
 @pytest.mark.parametrize(
     ("told", "given"),
     [
