@@ -28,6 +28,7 @@ from typing import Any
 import redis
 import yaml
 
+from tests.bench import contract
 from tests.bench.backend import EVENTS
 
 ROOT = Path(__file__).parents[2]
@@ -370,6 +371,7 @@ def main() -> None:
             show_streams([p for p in proxies if p.name != "uvicorn's hello"], streams, 2)
         show_bursts([p for p in proxies if p.name != "uvicorn's hello"], 3, given.seconds)
     show_black_hole(given.seconds)
+    table(contract.HEAD, contract.rows())
 
 
 if __name__ == "__main__":
