@@ -18,8 +18,18 @@ from gateway import contract
 IMAGE = "data:image/jpeg;base64," + "/9j4AAQSkZJRgABAQAAAQABAAD2wBD" * (4 * 1024 * 1024 // 30)
 MEMBERS: dict[str, Any] = {
     "model": "accounts/fireworks/models/llama-v2-7b",
-    **{"max_tokens": 256, "temperature": 0.7, "top_p": 1, "top_k": 50, "frequency_penalty": 0, "presence_penalty": 0},
-    **{"n": 1, "stop": ["\n\n"], "stream": True, "user": "user-17", "seed": 7, "metadata": {"job": "7"}},
+    "max_tokens": 256,
+    "temperature": 0.7,
+    "top_p": 1,
+    "top_k": 50,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "n": 1,
+    "stop": ["\n\n"],
+    "stream": True,
+    "user": "user-17",
+    "seed": 7,
+    "metadata": {"job": "7"},
     "response_format": {"type": "json_object"},
 }
 CHAT = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}
@@ -36,7 +46,7 @@ HEAD = ("requests checked", "check µs", "json.loads µs", "ratio", "the loop wa
 
 def rows() -> list[tuple[str, ...]]:
     """A row for each body: its check and its parse in µs, their ratio, and how late the event loop was in ms."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, (endpoint, members) in BODIES.items():
         body = json.dumps(members).encode()
         times = 200 if len(body) < 10_000 else 1
