@@ -110,7 +110,7 @@ def holds(value: Any, node: Any, definitions: Any, at: str) -> None:
         node = definitions[node["$ref"].rpartition("/")[2]]
     if "anyOf" in node:
         node = next(option for option in node["anyOf"] if option.get("type") != "null")
-    match node["type"]:
+    match node.get("type", ""):
         case "object":
             patterns = node.get("patternProperties", {})
             assert node["additionalProperties"] is False, at
@@ -126,6 +126,8 @@ def holds(value: Any, node: Any, definitions: Any, at: str) -> None:
             assert isinstance(value, str), at
             assert re.search(node.get("pattern", ""), value), at
             assert value in node.get("enum", [value]), at
+        case "":
+            assert value in node["enum"], at
         case kind:
             assert isinstance(value, {"integer": int, "number": int | float}[kind]), at
             assert node.get("minimum", value) <= value <= node.get("maximum", value), at
