@@ -51,7 +51,8 @@ from gateway.terms import may_use
 _INFERENCE = {f"{prefix}/{name}".encode(): endpoint for prefix in PREFIXES for name, endpoint in ENDPOINTS.items()}
 
 # A path that may be a route's, without the prefix that the reference's server URL has before it.
-_ROUTE = re.compile(rb"(?:/inference)?(/v1(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+)")
+_SEGMENT = rb"(?!\.{1,2}(?:[/;]|\Z))(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+"  # `..;` is `..` to Tomcat
+_ROUTE = re.compile(rb"(?:/inference)?(/v1(?:/%b)+)" % _SEGMENT)
 
 # Escapes that make two readers see two paths: of / \ . NUL CR and LF.
 _AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)

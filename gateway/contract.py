@@ -89,7 +89,8 @@ def check(endpoint: str, given: Members, *, profile: str, strict: bool) -> tuple
         values, problems = schema.check(given, closed=strict and schema.closed)
     except RecursionError:
         raise too_deep() from None
-    if values.get("images") is not None and values.get("prompt") is not None:
+    prompts = values.get("prompt")
+    if values.get("images") is not None and isinstance(prompts, Prompts) and not prompts.counted:
         prompt = next(value for name, value in given if name == "prompt")
         problems += unmatched_images(values["images"], prompt)
     return values, [placed(problem) for problem in problems] if problems else problems
@@ -221,7 +222,7 @@ RESPONSES: Rows = {
 MESSAGES: Rows = {
     "model": text(null=False),
     "messages": CHAT["messages"],
-    "max_tokens": integer(1, null=False),
+    "max_tokens": integer(0, null=False),  # 0 fills the prompt cache, and nothing is said
     "stream": boolean(),
     "system": raw("a string or an array", "string", "array"),
     "stop_sequences": texts(),

@@ -46,7 +46,7 @@ ENDPOINTS = {
         Endpoint(
             "messages", dialect="anthropic", events="messages", input="messages", output="max_tokens", headed=True
         ),
-        Endpoint("embeddings"),
+        Endpoint("embeddings", headed=True),
         Endpoint("rerank", input="documents", headed=True),
         Endpoint("images/generations", input="prompt"),
         Endpoint("images/edits", body="form", input="prompt"),

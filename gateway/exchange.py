@@ -76,7 +76,7 @@ class Exchange:
     @property
     def status(self) -> int:
         """The status that was answered; 499 where the caller did not wait for one (nginx's number for it)."""
-        if self.answer is not None:
+        if self.answer is not None and (self.started or self.error is None):  # one may fail before it is passed on
             return self.answer.status
         if self.error is not None:
             return self.error.status
@@ -87,14 +87,18 @@ class Exchange:
         """What was used, once the answer has ended: nothing without an answer, nor of a backend that was not able to
         give one (429, 5xx); one that found the caller at fault took a request, and no tokens."""
         answer, request = self.answer, self.request
-        if answer is None or request is None or answer.status == 429 or answer.status >= 500:
+        if answer is None or request is None or self.status == 429 or self.status >= 500:
             return NOTHING
         if self._usage is None:
             self._usage = (
                 REFUSED
                 if answer.status >= 400
                 else usage_of(
-                    answer.tail, self.endpoint, stream=answer.is_stream, input_estimate=request.input_estimate
+                    answer.tail,
+                    self.endpoint,
+                    stream=answer.is_stream,
+                    input_estimate=request.input_estimate,
+                    output_bound=request.output_bound,
                 )
             )
         return self._usage
@@ -113,7 +117,7 @@ class Exchange:
             case ClientGone():
                 self.ended = "client"
             case GatewayError():
-                self.error = error
+                self.error = error.with_traceback(None)  # whose frames hold all that was on the way, and this
                 self.ended = _ENDED_BY[error.fault]
             case _:
                 self.ended = "gateway"

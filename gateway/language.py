@@ -116,7 +116,7 @@ def _form(pattern: str, *examples: str) -> WithJsonSchema:
 
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-_MODEL = r"[^\s|{}]{1,200}"
+_MODEL = r"[^\s\x00-\x1f\x7f-\x9f|{}]{1,200}"  # callers make them up where there is a star, and terminals show them
 MODEL_NAME = re.compile(_MODEL)
 _ROUTE = r"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]{1,100}){1,10}(?:/\*)?"
 _URL = r"https?://[^/?#@\s]+(/[^?#\s]*)?"

@@ -36,6 +36,7 @@ MAX_VALUES = 2_000_000  # of a body: some 10 ms of parsing
 MAX_MEMBERS = 1000  # of an object in a large body; the contract knows 41
 MAX_PROMPTS = 10_000  # of a request, and images
 MAX_PARTS = 1000  # of a predicted output
+MAX_BLANK = 512 * 1024  # bytes of white space in one place; looking beyond it is slow, and holds all other threads up
 MAX_DIGITS = 1000  # of a number; doubles have 17, and 309 before the point
 MAX_DECODED = 128 * 1024  # bytes of a value that is decoded: some 4 ms of the event loop
 MAX_OBJECT = 1024 * 1024  # bytes of an object with a table of its own, of which most is not decoded: a JSON schema
@@ -140,6 +141,8 @@ def take_apart(body: bytes) -> Members:
     try:
         if not body.isascii():
             _check_utf8(body)  # msgspec looks into strings for halves of surrogate pairs, and for no more
+        if len(body) > MAX_BLANK:
+            _check_blanks(body)
         if len(body) > 2 * MAX_VALUES:  # a value has two bytes at least, with its comma
             _check_width(body)
         return list(_opened(body).items())
@@ -208,6 +211,13 @@ def _check_utf8(body: bytes) -> None:
         except UnicodeDecodeError as wrong:
             told = f"{wrong.reason} (byte {start + wrong.start})"
             raise BadRequest(f"the body is not UTF-8: {told}, expected a JSON object") from None
+
+
+def _check_blanks(body: bytes) -> None:
+    """Nowhere twice MAX_BLANK of white space; of less than that once, nothing is told."""
+    for start in range(0, len(body) - MAX_BLANK + 1, MAX_BLANK):
+        if body[start : start + 64].isspace() and body[start : start + MAX_BLANK].isspace():
+            raise BadRequest(f"the body has more than {MAX_BLANK} bytes of white space in one place")
 
 
 _EVERY = 509  # th byte tells how dense a body is; a prime, so that no pattern of a program's making hides in it
@@ -555,19 +565,24 @@ IMAGES = _nullable(
     sys.maxsize,
 )
 
-_MARK = re.compile(rb"(?:<|(?<!\\)\\u003[cC])image(?:>|\\u003[eE])")  # Go's encoder escapes both brackets
+# Go's encoder escapes both brackets. Backslashes that stand for themselves go first, with what they would begin.
+_UNESCAPED = ((rb"\\", b"  "), (rb"\u003c", b"<"), (rb"\u003C", b"<"), (rb"\u003e", b">"), (rb"\u003E", b">"))
 
 
 def _image_marks(prompt: Raw) -> int:
     written = bytes(prompt)
-    return len(_MARK.findall(written)) if rb"\u003" in written else written.count(b"<image>")
+    if rb"\u003" in written:
+        for escaped, plain in _UNESCAPED:
+            written = written.replace(escaped, plain)
+    return written.count(b"<image>")
 
 
 def unmatched_images(images: Images, prompt: Raw) -> Iterator[Problem]:
-    """Where a prompt of text has marks, but not as many as there are images for it. Without marks none is missed."""
-    texts = [prompt] if _first(prompt) == _QUOTE else _items(prompt)
-    if any(_first(item) != _QUOTE for item in texts) or not any(images.numbers):
+    """Where a prompt of text, or several, have marks, but not as many as there are images for them. Without marks none
+    is missed."""
+    if not any(images.numbers):
         return
+    texts = [prompt] if _first(prompt) == _QUOTE else _items(prompt)
     marks = [_image_marks(item) for item in texts]
     if images.nested and len(images.numbers) != len(marks):
         if any(marks):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from contextlib import suppress
+from typing import get_args
 
 import msgspec
 from msgspec.json import Decoder, encode
@@ -65,8 +66,8 @@ def normalize(endpoint: Endpoint, body: bytes, snapshot: Snapshot, query: bytes 
 
 
 def instead(request: InferenceRequest, model: Model) -> InferenceRequest:
-    """The same request for a model that stands in for its own. Raises Invalid where that does not take it."""
-    if request.upload is None:
+    """The same request for a model that stands in for its own. Raises Invalid, BadRequest where it does not take it."""
+    if request.endpoint.body == "json":
         return _for(model, request.endpoint, request.given, contract.take_apart(request.given), request.query)
     if model.upstream_name != request.model.upstream_name:
         raise Invalid([Problem(("model",), "the name stands in a body that is passed on as it comes")])
@@ -74,7 +75,8 @@ def instead(request: InferenceRequest, model: Model) -> InferenceRequest:
 
 
 def fitted(request: InferenceRequest, room: int | None) -> InferenceRequest:
-    """The same request for at most so many tokens in each answer; None: for as many as the backend finds room for."""
+    """The same request for at most so many tokens in each answer, and for no more than it was; None: for as many as the
+    backend finds room for."""
     members = contract.take_apart(request.given)
     return _for(request.model, request.endpoint, request.given, members, request.query, room or _UNBOUND)
 
@@ -141,6 +143,8 @@ def _for(
     output = _asked_output(values)
     if room is None:
         room = _room(model, values, prompts, output, truncates)
+    elif room != _UNBOUND:
+        room = min(room, model.max_output_tokens if output is None else output)  # more was not reserved
     edits = _edits(endpoint, model, asked, values, room)
     injected = (
         stream and endpoint.rewrites and model.usage != "native" and _asks_for_usage(model, members, values, edits)
@@ -154,7 +158,7 @@ def _for(
         stream=stream,
         user=_user(endpoint, values),
         input_estimate=prompts.tokens,
-        output_bound=_output_bound(endpoint, model, values, prompts.number, room or output),
+        output_bound=_output_bound(endpoint, model, values, members, prompts.number, room or output),
         session=_session(endpoint, members, values) if model.affinity else b"",
         injected=injected,
         truncates=truncates,
@@ -211,10 +215,13 @@ _DATA = b";base64,"
 
 def _images_in(text: bytes) -> tuple[int, int]:
     """The bytes of the data URLs in a JSON text, and how many they are: four of these bytes are no token."""
-    size = number = 0
+    size = number = quote = 0
     start = text.find(_DATA)
     while start >= 0 and number < _IMAGES:
-        end = text.find(b'"', start)
+        if quote < start:
+            quote = text.find(b'"', start)
+        blank = text.find(b" ", start, quote)
+        end = quote if blank < 0 else blank  # behind a blank it is prose, whatever stands before it
         size += end - start
         number += 1
         start = text.find(_DATA, end)
@@ -232,12 +239,33 @@ def _asked_output(values: Values) -> int | None:
     return None
 
 
-def _output_bound(endpoint: Endpoint, model: Model, values: Values, prompts: int, asked: int | None) -> int:
+def _output_bound(
+    endpoint: Endpoint, model: Model, values: Values, members: Members, prompts: int, asked: int | None
+) -> int:
     if endpoint.output is None:
         return 0
+    choices = values.get("n") or 1
+    if len(values) < len(members):
+        more = _unlisted(members, values)
+        choices = max(choices, more.get("best_of", 1))
+        asked = max(asked or 0, more["max_completion_tokens"]) if "max_completion_tokens" in more else asked
     if asked is None:
         asked = model.max_output_tokens
-    return int(min(asked * (values.get("n") or 1) * prompts, MAX_BOUND))
+    return int(min(asked * choices * prompts, MAX_BOUND))
+
+
+_UNLISTED = ("best_of", "max_completion_tokens")  # that pass where the contract is lenient, and backends may know
+_INTEGER = Decoder(int)
+
+
+def _unlisted(members: Members, values: Values) -> dict[str, int]:
+    """What raises the output of a request, of members that its contract does not know."""
+    found = {}
+    for name, raw in members:
+        if name in _UNLISTED and name not in values:
+            with suppress(msgspec.DecodeError):
+                found[name] = _INTEGER.decode(raw)
+    return found
 
 
 # — context windows, for backends that do not see to them
@@ -362,16 +390,17 @@ def _meant(alias: str, values: Values) -> bytes | None:
 
 def _asks_for_usage(model: Model, members: Members, values: Values, edits: dict[str, Edit]) -> bool:
     """Adds the edit that makes a stream tell its usage. Returns whether the caller had not asked for that himself."""
-    given = values.get("stream_options") or {}
-    options = dict.fromkeys(_USAGE_OPTIONS[model.usage], True)
-    raw = next((raw for name, raw in members if given and name == "stream_options"), None)
-    if raw is not None:
-        options = {**_OPTIONS.decode(raw), **options}
-    edits["stream_options"] = ("stream_options", encode(options))
-    return given.get("include_usage") is not True
+    raw = next((raw for name, raw in members if name == "stream_options"), None)
+    try:
+        given = (None if raw is None else _OPTIONS.decode(raw)) or {}
+    except msgspec.ValidationError:
+        return False  # no object, and not known to the model's profile: between the caller and the backend
+    edits["stream_options"] = ("stream_options", encode({**given, **dict.fromkeys(_USAGE_OPTIONS[model.usage], _TRUE)}))
+    return bytes(given.get("include_usage", b"")) != b"true"
 
 
-_OPTIONS = Decoder(dict[str, Any])
+_OPTIONS = Decoder(dict[str, msgspec.Raw] | None)  # what stands in them keeps its bytes
+_TRUE = msgspec.Raw(b"true")
 _USAGE_OPTIONS = {"inject": ("include_usage",), "continuous": ("include_usage", "continuous_usage_stats")}
 
 _NAME = re.compile(rb'\s*[{,](\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*)')

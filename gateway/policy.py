@@ -191,7 +191,7 @@ class Snapshot:
     revision: str
     gateway: GatewayPolicy
     models: Mapping[str, Model]
-    patterns: tuple[Model, ...]  # entries with a star, those with the longest beginnings first
+    patterns: tuple[Model, ...]  # entries with a star, the more exact ones first: the longest beginning, then end
     routes: Mapping[str, Route]
     pools: Mapping[str, PoolPolicy]
     teams: Mapping[str, Team]
@@ -420,13 +420,23 @@ def _compile(documents: Documents, revision: str) -> Snapshot:
     return Snapshot(revision, documents.gateway, models, tuple(patterns), routes, documents.pools, teams)
 
 
-def _beginning(model: Model) -> int:
-    return model.entry.index("*")
+def _beginning(model: Model) -> tuple[int, int]:
+    return model.entry.index("*"), len(model.entry)
 
 
 def _route(path: str, policy: RoutePolicy, documents: Documents) -> Route:
-    pool = documents.pools[policy.pool]
-    model = Model(path, path, None, policy.pool, pool.api, path, 0, 0, 0, 0, timeouts=pool.timeouts)
+    names: list[str] = []
+    turn: str | None = policy.pool
+    while turn is not None and turn not in names:
+        names.append(turn)
+        turn = documents.pools[turn].fallback
+    pools = [documents.pools[name] for name in names]
+    together = {"first_byte": pools[0].timeouts.first_byte}  # all of them have the time that the first one has
+    model, *others = (
+        Model(path, path, None, name, pool.api, path, 0, 0, 0, 0, timeouts=pool.timeouts.model_copy(update=together))
+        for name, pool in zip(names, pools, strict=True)
+    )
+    model = replace(model, fallbacks=tuple(others))
     return Route(Endpoint(path, body="any"), model, frozenset(policy.methods))
 
 

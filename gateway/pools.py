@@ -18,7 +18,7 @@ from gateway.asgi import RawHeaders, header
 from gateway.balance import Rotation, Weighed, by_affinity, least_busy
 from gateway.bridge import Bridge
 from gateway.context import UNSAID, room
-from gateway.errors import Invalid, UpstreamFailed, UpstreamsBusy
+from gateway.errors import BadRequest, Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
 from gateway.normalize import InferenceRequest, fitted, instead
@@ -117,6 +117,8 @@ class Opening:
                 if is_last or self._is_final or not self._in_time(request):
                     break
             else:
+                if request.upload is not None:
+                    request.upload.give_up()
                 self._answer.attempts = self._attempts
                 return self._answer
         assert failure is not None, "the model that was asked comes first"
@@ -136,7 +138,7 @@ class Opening:
         while True:
             yield request, not models
             while models:
-                with suppress(Invalid):  # what another model's family does not take, it is not asked
+                with suppress(Invalid, BadRequest):  # what another model does not take, or hold, it is not asked
                     request = instead(self._request, models.pop(0))
                     break
             else:
@@ -183,7 +185,8 @@ class Opening:
                 await answer.leave()
                 failure = UpstreamFailed(f"the upstream answered {answer.status}")
             if not here:
-                self._is_final = failure.code in _OVERDUE or (cause is not None and not may)
+                never = failure.code in _OVERDUE or _is_underway(request)
+                self._is_final = never or (cause is not None and not may)
                 raise failure
         raise pool.away(self._now())
 

@@ -77,6 +77,8 @@ class Proxy:
                 await say(x, failed, scope, send, close=True)
             raise
         finally:
+            if x.upload is not None:
+                x.upload.give_up()
             self._observe(x, scope)
 
     async def _serve(self, x: Exchange, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,6 +138,7 @@ async def relay(x: Exchange, scope: Scope, send: Send, *, timed: bool) -> list[M
     if timed:
         headers.append((b"server-timing", _timing(x, answer)))
     if answer.status >= 500 and answer.attempts > 1:
+        headers = [h for h in headers if h[0].lower() != b"x-should-retry"]
         headers.append((b"x-should-retry", b"false"))  # it was tried again here
     start: Message = {"type": "http.response.start", "status": answer.status, "headers": headers}
     if not answer.is_whole and not x.started:

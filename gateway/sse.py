@@ -58,7 +58,7 @@ LAST_WORDS: Mapping[Events, LastWord] = {
 }
 
 _FINISHED = re.compile(
-    rb'\[DONE\]|"finish_reason"\s*+:\s*+"'
+    rb'(?:\A|[\r\n])data: ?\[DONE\]|"finish_reason"\s*+:\s*+"[^"]'
     rb'|"type"\s*+:\s*+"(?:message_stop|response\.(?:completed|failed|incomplete)'
     rb'|transcript\.text\.done|image_(?:generation|edit)\.completed)"'
 )

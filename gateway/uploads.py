@@ -133,13 +133,17 @@ class Upload:
     def _look(self, piece: bytes) -> None:
         """See whether a piece may pass."""
 
+    def give_up(self) -> None:
+        """Nobody passes it on any more, whether it has begun or not: an upstream has answered, or none will."""
+        self._coming.over.set()
+
     async def after(self) -> Message:
         """What receive() says when the body is over: that the caller has left. It stands in for receive() from then on.
 
-        Over is a body that has come whole, or whose iteration has ended before, as it does when an upstream has
-        answered. What then comes of the rest is dropped: so the caller is heard when he leaves, and one who reads only
-        what he is answered after he has sent everything gets there. Beyond what may be read in all, reading ends, and
-        such a caller is noticed when he does not take his answer.
+        Over is a body that has come whole, or was given up, or whose iteration has ended before. What then comes of the
+        rest is dropped: so the caller is heard when he leaves, and one who reads only what he is answered after he has
+        sent everything gets there. Beyond what may be read in all, reading ends, and such a caller is noticed when he
+        does not take his answer.
         """
         return await self._coming.after()
 
@@ -168,13 +172,17 @@ class Form:
         yield from self._between(0, self._part.start)
         yield model
         yield from self._between(self._part.end, None)
-        self._head.close()
+        self.close()
 
     def look(self, piece: bytes) -> None:
         """See whether what follows may pass."""
         self._scanner.feed(piece)
         if self._coming.ended:
             self._scanner.close()
+
+    def close(self) -> None:
+        """Let go of what was read: waiting for the collector, many files would be open."""
+        self._head.close()
 
     def _between(self, start: int, end: int | None) -> Iterator[bytes]:
         while piece := self._read(start, _PIECE if end is None else min(_PIECE, end - start)):
@@ -199,6 +207,10 @@ class _FormUpload(Upload):
 
     def _look(self, piece: bytes) -> None:
         self._form.look(piece)
+
+    def give_up(self) -> None:
+        super().give_up()
+        self._form.close()
 
 
 async def read_form(scope: Scope, receive: Receive, at_most: int) -> Form:

@@ -30,13 +30,17 @@ _log = structlog.get_logger("gateway.upstreams")
 # with the end that follows it. Backends write that end an instant later; where it does not come so soon (seconds), the
 # event goes on its way.
 _AFTER_DONE = 1.0
+_BEGINNINGS = (b"data:", b"event:")  # of events, with which most pieces begin
 _REWRITTEN = 16 * 1024 * 1024  # bytes of an answer that is held to be rewritten; a longer one keeps its backend's name
 
 # What a backend says to whom it knows, of itself, or of limits that are not the caller's: the gateway tells its own.
 _KEPT_BACK = frozenset(
     (
         b"alt-svc",
+        b"anthropic-organization-id",
         b"location",
+        b"openai-organization",
+        b"openai-project",
         b"server",
         b"set-cookie",
         b"strict-transport-security",
@@ -346,9 +350,11 @@ class Answer:
         if self._filter is None:
             tail = self.tail
             word, within = self._last_word
+            ends_with = self._ends_with
 
             def take(piece: bytes) -> bool:
-                taken = word not in piece[-within:] and into(piece)
+                is_last = word in piece[-within:] or (len(piece) < within and ends_with(piece))
+                taken = not is_last and into(piece)
                 if taken:
                     tail.add(piece)
                 return taken
@@ -360,8 +366,9 @@ class Answer:
         word, within = self._last_word
         try:
             async for chunk in stream:
+                is_last = word in chunk[-within:] or (len(chunk) < within and self._ends_with(chunk))
                 tail.add(chunk)
-                if stream.complete or (word in chunk[-within:] and await self._ends_soon()):
+                if stream.complete or (is_last and await self._ends_soon()):
                     self.end = _last(chunk)
                     return
                 yield chunk
@@ -371,6 +378,11 @@ class Answer:
             if failed.code != "upstream_total_timeout":  # that may be a caller who reads slowly
                 self.upstream.report("cut")
             raise
+
+    def _ends_with(self, piece: bytes) -> bool:
+        """Whether the last word ends with a short piece, if that is the rest of an event and not a whole one."""
+        word, within = self._last_word
+        return not piece.startswith(_BEGINNINGS) and word in (self.tail.last(within) + piece)[-within:]
 
     async def _ends_soon(self) -> bool:
         """Whether the end follows a piece that looks like the last one. If a failure does, that piece goes first."""

@@ -90,13 +90,23 @@ class Tail:
             return b""
         return (self._head + self.bytes())[:HEAD] if len(self._head) < HEAD else self._head
 
+    def last(self, size: int) -> bytes:
+        """The last bytes, at least so many of them where there are as many."""
+        last: deque[bytes] = deque()
+        for chunk in reversed(self._chunks):
+            last.appendleft(chunk)
+            size -= len(chunk)
+            if size <= 0:
+                break
+        return b"".join(last)
+
     def bytes(self) -> bytes:
         return b"".join(self._chunks)
 
 
-def usage_of(tail: Tail, endpoint: Endpoint, *, stream: bool, input_estimate: int) -> Usage:
-    """What an answer used: the last usage that the upstream reported, and what can be counted in the place of what it
-    did not."""
+def usage_of(tail: Tail, endpoint: Endpoint, *, stream: bool, input_estimate: int, output_bound: int) -> Usage:
+    """What an answer used: the last usage that the upstream reported, and in the place of what it did not report what
+    can be counted: of what is no stream, no more than the request allowed."""
     if endpoint.name.startswith("/"):
         return _ROUTED
     if tail.length == 0:
@@ -107,7 +117,9 @@ def usage_of(tail: Tail, endpoint: Endpoint, *, stream: bool, input_estimate: in
     if input_ is None or output is None:
         source = "counted"
         input_ = input_estimate if input_ is None else input_
-        output = _counted(tail, endpoint, stream) if output is None else output
+        if output is None:
+            output = _counted(tail, endpoint, stream)
+            output = output if stream else min(output, output_bound)  # events are there, bytes may be anything
     return Usage(input_, output, min(cached, input_), source)
 
 
@@ -131,8 +143,11 @@ class _Reported(msgspec.Struct):
     cache_creation_input_tokens: int | None = None  # messages: beside input_tokens, not within
     cache_read_input_tokens: int | None = None
 
-
-_UNSAID = _Reported()
+    @property
+    def says_something(self) -> bool:
+        """Not without a number, nor with zeros, which some backends send until they know (LocalAI)."""
+        told = self.total_tokens or self.prompt_tokens or self.completion_tokens or self.input_tokens
+        return bool(told or self.output_tokens or self.cache_creation_input_tokens or self.cache_read_input_tokens)
 
 
 class _Meta(msgspec.Struct):
@@ -152,7 +167,7 @@ class _Event(msgspec.Struct):
     def reported(self) -> _Reported | None:
         meta = self.meta
         for usage in (self.usage,) if meta is None else (self.usage, meta.billed_units, meta.tokens):
-            if usage is not None and usage != _UNSAID:
+            if usage is not None and usage.says_something:
                 return usage
         return None
 
@@ -218,7 +233,7 @@ def _of_stream(tail: Tail, endpoint: Endpoint) -> _Reported | None:
             first.output_tokens = None  # it is of the first token
         return first or last
     for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"):
-        if getattr(last, name) is None:
+        if not getattr(last, name):
             setattr(last, name, getattr(first, name))
     return last
 
@@ -240,7 +255,7 @@ def _last_event(text: bytes, *, wrapped: bool) -> _Reported | None:
         line_end = text.find(b"\n", start)
         line = text[line_start : line_end if line_end >= 0 else len(text)]
         reported = _usage_in(line.removeprefix(b"data:"), wrapped=wrapped)
-        if reported is None and line_start == 0:  # the event is longer than the tail
+        if reported is None and line_start == 0 and not line.startswith(b"data:"):  # it is longer than the tail
             reported = _at_the_end(line, wrapped=wrapped)
         if reported is not None:
             return reported
@@ -279,7 +294,8 @@ def _at_the_end(text: bytes, *, wrapped: bool = False) -> _Reported | None:
 
 
 def _at_the_beginning(text: bytes) -> _Reported | None:
-    """The usage in the beginning of a JSON text, before its data (vLLM's rerank): of the outermost object, too."""
+    """The usage in the beginning of a JSON text, before its data (vLLM's rerank, llama.cpp's embeddings): of the
+    outermost object, too."""
     found = _OBJECT.search(text)
     return None if found is None else _usage_in(text[: found.end()] + b"}")
 

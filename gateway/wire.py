@@ -276,6 +276,11 @@ class Reply(httpx.AsyncByteStream):
     def delimited(self) -> bool:
         return self.framed != "close"
 
+    @property
+    def refuses(self) -> bool:
+        """Whether nothing more of the question is wanted: an error is answered, or all of an answer is here."""
+        return self.status >= 300 or self.received
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
@@ -499,15 +504,18 @@ class _Connection(asyncio.BufferedProtocol):
         return answer
 
     async def _upload(self, question: _Question, answer: Reply) -> None:
-        """Sends a stream, until it has ended or something is answered: what is left of it is not wanted then."""
+        """Sends a stream, until it has ended or is refused: then what is left is not wanted (RFC 9112 section 9.3).
+
+        An answer that begins well is one to a stream that is still read; its head waits until the stream has ended.
+        """
         self._sent = False
         self._transport.write(question.head)
         writing = self.loop.create_task(self._write(question, answer))
         writing.add_done_callback(lambda _: answer.wake())
         try:
-            while not answer.status and not writing.done():
+            while not writing.done() and not answer.refuses:
                 await answer.news()
-            if not answer.status:
+            if not answer.refuses:
                 writing.result()
         finally:
             writing.cancel()
@@ -519,7 +527,7 @@ class _Connection(asyncio.BufferedProtocol):
         left = question.length
         async with aclosing(cast("AsyncGenerator[bytes, None]", aiter(question.stream))) as pieces:
             while left != 0 and (piece := await anext(pieces, None)) is not None:
-                if answer.status or self._transport.is_closing():
+                if answer.refuses or self._transport.is_closing():
                     return
                 if left is None:
                     self._transport.writelines((b"%x\r\n" % len(piece), piece, b"\r\n") if piece else ())

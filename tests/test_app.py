@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway.endpoints import ENDPOINTS, PREFIXES
-from tests.proving.house import House, documents, gateway
+from tests.proving.house import MODEL, House, documents, gateway
 
 POSTED = [f"{prefix}/{endpoint}".encode() for prefix in PREFIXES for endpoint in ENDPOINTS]
 # Which stand for all of the table, whose paths are found in the same way.
@@ -124,3 +124,29 @@ async def test_a_defect_beside_the_hot_path_is_answered_in_our_own_shape(
         status, body = await answered(house, b"GET", b"/v1/models")
     assert (status, body["error"]["code"]) == (500, "internal_error")
     assert "SECRET" not in json.dumps(body)
+
+
+async def test_who_may_use_no_model_sees_none(store_url: str) -> None:
+    async with gateway(store_url, NOWHERE) as house:
+        async with house.client(await house.key(models=("another",))) as client:
+            listed, one = await client.get("/v1/models"), await client.get(f"/v1/models/{MODEL}")
+        async with house.client(await house.key()) as client:
+            assert (await client.get(f"/v1/models/{MODEL}")).json()["id"] == MODEL
+    assert (listed.status_code, listed.json()) == (200, {"object": "list", "data": [], "has_more": False})
+    assert (one.status_code, one.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_body_for_nobody_is_not_read_and_ends_the_connection(store_url: str) -> None:
+    async with gateway(store_url, NOWHERE) as house:
+        async with house.caller("nobody", b"GET /healthz/live HTTP/1.1\r\n\r\n", path=b"/v1/nothing") as caller:
+            said = await asyncio.wait_for(caller.rest(), 30)
+    assert said.startswith(b"HTTP/1.1 404 ")
+    assert b"\r\nconnection: close\r\n" in said
+    assert said.count(b"HTTP/1.1 ") == 1
+
+
+async def test_anthropics_clients_are_told_in_their_own_shape_that_a_method_is_not_for_a_path(store_url: str) -> None:
+    async with gateway(store_url, NOWHERE) as house:
+        told = {path: (await answered(house, b"GET", path))[1] for path in (b"/v1/messages", b"/v1/completions")}
+    assert told[b"/v1/messages"]["type"] == "error"
+    assert told[b"/v1/completions"]["error"]["code"] == "method_not_allowed"

@@ -421,7 +421,7 @@ OTHERS: list[tuple[str, str, list[Any], list[Any]]] = [
     ("responses", "background", [None, False], ["no"]),
     ("responses", "reasoning", [None, {}, {"effort": "new"}], ["high", []]),
     ("responses", "n", [7, "seven"], []),
-    ("messages", "max_tokens", [1, 2**70], [0, None, "1", 1.5]),
+    ("messages", "max_tokens", [0, 1, 2**70], [-1, None, "1", 1.5]),
     ("messages", "messages", [[1]], [[], None, "hi"]),
     ("messages", "system", ["s", [{}]], [1, {}]),
     ("messages", "stop_sequences", [[], ["a"] * 9], ["a", [1]]),

@@ -129,5 +129,5 @@ def holds(value: Any, node: Any, definitions: Any, at: str) -> None:
         case "":
             assert value in node["enum"], at
         case kind:
-            assert isinstance(value, {"integer": int, "number": int | float}[kind]), at
+            assert isinstance(value, {"integer": int, "number": int | float, "boolean": bool}[kind]), at
             assert node.get("minimum", value) <= value <= node.get("maximum", value), at

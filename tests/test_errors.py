@@ -323,6 +323,7 @@ ACCEPTS: list[tuple[tuple[str, ...], bool]] = [
     ((f"{PROBLEM}x",), False),
     ((f"text/{PROBLEM}",), False),
     ((f"{PROBLEM};q=0.1, {PROBLEM};q=0.9, application/json;q=0.5",), True),
+    ((f"{PROBLEM};q=0.9, {PROBLEM};q=0.1, application/json;q=0.5",), True),
 ]
 
 

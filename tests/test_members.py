@@ -15,7 +15,7 @@ from msgspec.json import Decoder
 
 from gateway import contract, members
 from gateway.errors import BadRequest, Invalid
-from gateway.members import Images, Member, Schema
+from gateway.members import MAX_BLANK, Images, Member, Schema, take_apart
 
 MIB = 1024 * 1024
 RAW = Decoder(Raw).decode
@@ -378,3 +378,18 @@ def test_a_value_too_large_for_its_row_is_not_read() -> None:
     table = Schema({"a": Member("nothing", {}, never, most=2000)})
     with pytest.raises(BadRequest, match="a has 2002 bytes, expected at most 2000"):
         table.check([("a", RAW(b'"' + b"a" * 2000 + b'"'))], closed=True)
+
+
+@pytest.mark.parametrize("blank", [b" ", b"\n", b" \t\r\n"])
+@pytest.mark.parametrize("body", [b'%b{"a":1}', b'{%b"a":1}', b'{"a":%b1}', b'{"a":[1,%b2]}', b'{"a":1}%b'])
+def test_megabytes_of_white_space_are_refused_before_anybody_looks_beyond_them(body: bytes, blank: bytes) -> None:
+    def of(size: int) -> bytes:
+        return body % (blank * (size // len(blank)))
+
+    assert len(take_apart(of(MAX_BLANK - 4))) == 1
+    began = time.process_time()
+    with pytest.raises(BadRequest, match="white space"):
+        take_apart(of(24 * MAX_BLANK))
+    assert time.process_time() - began < 0.1  # with the making of the body
+    with pytest.raises(BadRequest, match="white space"):
+        take_apart(of(2 * MAX_BLANK))

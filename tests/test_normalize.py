@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import policy
-from gateway.endpoints import ENDPOINTS
+from gateway.asgi import Message
+from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import BadRequest, GatewayError, Invalid, NotFound
-from gateway.normalize import MAX_BOUND, InferenceRequest, normalize
-from gateway.policy import Snapshot
+from gateway.normalize import MAX_BOUND, InferenceRequest, fitted, instead, normalize, of_route, renamed
+from gateway.policy import Route, Snapshot
+from gateway.uploads import Upload
 
 POLICIES = Path(__file__).parent.parent / "policies"
 FAMILIES = ("qwen3", "minimax-m2", "deepseek-v3", "glm-4.5", "glm-4.6", "glm-4.7", "gpt-oss", "kimi-k2")
@@ -33,6 +35,8 @@ def snapshot(schema: str) -> Snapshot:
         "renamed": {"pool": "openai", "upstream_model": "vendor/name", "aliases": ["other", "vendor/name"]},
         "inject": {"pool": "inject"},
         "continuous": {"pool": "continuous"},
+        "window": {"pool": "openai", "context_window": 40, "upstream_model": "v"},
+        "old": {"pool": "inject", "profile": "2023", "schema": "lenient", "max_output_tokens": 100},
         **{f"fireworks/{family}": {"pool": "fireworks", "family": family} for family in FAMILIES},
         **{f"openai/{family}": {"pool": "openai", "family": family} for family in FAMILIES},
     }
@@ -721,3 +725,187 @@ def test_what_is_no_stream_or_tells_by_itself_is_not_asked(body: bytes) -> None:
 def test_a_backend_that_can_tells_it_all_the_time() -> None:
     asked = ask({"model": "continuous", "messages": [{"role": "user"}], "stream": True}, "chat/completions")
     assert json.loads(asked.body)["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "expected", "injected"),
+    [
+        ("inject", b'{"x":[1.50,%b]}' % (b"9" * 30), b'{"x":[1.50,%b],"include_usage":true}' % (b"9" * 30), True),
+        ("inject", b'{"include_usage":true,"x":1e999}', b'{"include_usage":true,"x":1e999}', False),
+        ("inject", b'{"include_usage":true,"x":[%b]}' % (b"9" * 5000), None, False),
+        ("inject", b'{"include_usage": null, "a": {"b": [ ]}}', b'{"include_usage":true,"a":{"b": [ ]}}', True),
+        ("old", b'{"include_usage":true,"x":1}', b'{"include_usage":true,"x":1}', False),
+        ("old", b'{"include_usage":false}', b'{"include_usage":true}', True),
+        ("old", b"5", b" 5", False),
+    ],
+)
+def test_what_a_caller_says_of_his_stream_keeps_its_bytes(
+    model: str, given: bytes, expected: bytes | None, injected: bool
+) -> None:
+    """Members that the gateway does not know stay, whatever their numbers; and who asked for his usage gets it, by
+    whichever profile his model is checked."""
+    asked = ask(b'{"model":"%b","prompt":"x","stream":true,"stream_options": %b}' % (model.encode(), given))
+    assert asked.body.partition(b'"stream_options":')[2] == (expected or given) + b"}"
+    assert asked.injected is injected
+
+
+# — what may be produced, and what was read
+
+
+@pytest.mark.parametrize(
+    ("given", "bound"),
+    [
+        ({"best_of": 20, "max_tokens": 5}, 100),
+        ({"best_of": 2, "n": 3, "max_tokens": 5}, 15),
+        ({"best_of": "20", "max_tokens": 5}, 5),
+        ({"best_of": -1, "max_tokens": 5}, 5),
+        ({"max_completion_tokens": 500}, 500),
+        ({"max_completion_tokens": 500, "max_tokens": 5}, 500),
+        ({"max_completion_tokens": 5, "max_tokens": 500}, 500),
+        ({"max_completion_tokens": None}, 100),
+        ({"n": None, "max_tokens": 7, "prompt": ["a", "b"]}, 14),
+        ({"max_tokens": 0, "echo": True}, 0),
+    ],
+)
+def test_a_bound_holds_for_members_that_only_the_backend_knows(given: dict[str, Any], bound: int) -> None:
+    """`old` is lenient, and by its profile it has neither best_of nor max_completion_tokens."""
+    assert ask({"model": "old", "prompt": "x", **given}).output_bound == bound
+
+
+@pytest.mark.parametrize(
+    ("given", "room", "expected"),
+    [
+        ({"max_tokens": 50}, 90, 50),
+        ({"max_tokens": 50}, 40, 40),
+        ({"max_completion_tokens": 50}, 90, 50),
+        ({}, 90, 90),
+        ({}, 101, 100),
+        ({"max_tokens": None}, 101, 100),
+    ],
+)
+def test_what_a_backend_has_room_for_raises_no_bound(given: dict[str, Any], room: int, expected: int) -> None:
+    """What was reserved is the bound of the first request: the second one may not produce more."""
+    request = ask({"model": "open", "prompt": "x", **given})
+    again = fitted(request, room)
+    sent = json.loads(again.body)
+    assert [sent[name] for name in ("max_tokens", "max_completion_tokens") if sent.get(name)] == [expected]
+    assert again.output_bound == expected <= request.output_bound
+
+
+def test_what_stands_behind_the_beginning_of_a_data_url_is_read_where_it_is_prose() -> None:
+    prose = {"model": "plain", "messages": [{"role": "user", "content": ";base64," + "hello world " * 5000}]}
+    image = {"model": "plain", "messages": [{"role": "user", "content": ";base64," + "helloworld" * 6000}]}
+    assert ask(prose, "chat/completions").input_estimate > 15_000
+    assert ask(image, "chat/completions").input_estimate < 2_000
+
+
+def test_images_stand_beside_more_tokens_than_there_may_be_prompts() -> None:
+    body = {"model": "plain", "prompt": [1] * 20_000, "images": ["data:image/png;base64,AA=="]}
+    assert ask(body).input_estimate == 20_000 + 1600
+
+
+def test_a_body_that_is_passed_on_goes_to_no_model_of_another_name() -> None:
+    """It holds the name, and nobody looks into it a second time."""
+
+    async def nothing() -> Message:
+        raise AssertionError("nobody reads it here")
+
+    own, same, other = (STRICT.models[name] for name in ("plain", "open", "renamed"))
+    route = Route(Endpoint("/v1/files", body="any"), own, frozenset(("POST",)))
+    request = of_route(route, "/v1/files", b"", "POST", b"", Upload({"headers": []}, nothing, 9))
+    same = replace(same, upstream_name=own.upstream_name)
+    assert instead(request, same) == msgspec.structs.replace(request, model=same)
+    with pytest.raises(Invalid, match="the name stands in a body"):
+        instead(request, other)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "marks"),
+    [
+        (r'"<image>\u003cimage\u003E"', 2),
+        (r'"\\\u003Cimage>"', 1),
+        (r'"\\u003cimage> <image>"', 1),
+        (r'"<ima\\ge> <image>"', 1),
+    ],
+)
+def test_marks_are_counted_however_they_are_escaped(prompt: str, marks: int) -> None:
+    """A backslash may stand before a mark, and be none of it; and what looks like an escape may be text."""
+    for images in (1, 2, 3):
+        body = f'{{"model":"plain","prompt":{prompt},"images":{json.dumps(["data:"] * images)}}}'.encode()
+        if images == marks:
+            assert ask(body).body == body
+        else:
+            assert refusal(body).param == "images"
+
+
+# — context windows
+
+TRUNCATE, ERROR = ({"context_length_exceeded_behavior": word} for word in ("truncate", "error"))
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"max_tokens": 37}, {"max_tokens": 37}),
+        ({"max_tokens": 38}, {"max_tokens": 37}),
+        ({"max_completion_tokens": 38, **TRUNCATE}, {"max_completion_tokens": 37}),
+        ({"max_tokens": None, "max_completion_tokens": 99}, {"max_tokens": None, "max_completion_tokens": 37}),
+        ({"prompt": [1] * 39, "max_tokens": 2}, {"max_tokens": 1}),
+        ({"prompt": [1] * 40, "max_tokens": 2}, {"max_tokens": 2}),
+        ({"prompt": [1] * 50, "max_tokens": 0}, {"max_tokens": 0}),
+        ({"prompt": [[1], [2]], "max_tokens": 99}, {"max_tokens": 99}),
+        ({"prompt": ["a", "b"], "max_tokens": 99}, {"max_tokens": 99}),
+        ({"prompt": "a" * 12, "max_tokens": 99}, {"max_tokens": 37}),
+        ({"prompt": "a" * 12, "max_tokens": 99, **ERROR}, {"max_tokens": 99}),
+        ({"max_tokens": 37, **ERROR}, {"max_tokens": 37}),
+        ({}, {}),
+        ({"n": 3, "max_tokens": 38, "stream": True}, {"n": 3, "max_tokens": 37, "stream": True}),
+    ],
+)
+def test_what_is_asked_is_lowered_to_what_the_window_holds(given: dict[str, Any], sent: dict[str, Any]) -> None:
+    """Beside three tokens; and by the endpoint's own number where nothing would be left, or nobody can say how much."""
+    body = {"model": "window", "prompt": [1, 2, 3], **given}
+    asked = ask(body)
+    assert json.loads(asked.body) == {"model": "v", "prompt": body["prompt"], **sent}
+    bound = sent.get("max_tokens") if sent.get("max_tokens") is not None else sent.get("max_completion_tokens", 8192)
+    prompts = 2 if body["prompt"] in ([[1], [2]], ["a", "b"]) else 1
+    assert asked.output_bound == (bound or 0) * sent.get("n", 1) * prompts
+
+
+def test_a_counted_prompt_that_leaves_too_little_is_an_error_where_one_is_wanted() -> None:
+    refused = refusal({"model": "window", "prompt": [1, 2, 3], "max_tokens": 38, **ERROR})
+    assert (refused.status, refused.code, refused.param) == (400, "context_length_exceeded", "max_tokens")
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_request_without_a_bound_keeps_what_was_reserved_for_it(name: str) -> None:
+    """The backend finds out how much fits; nothing else of the request changes."""
+    body = {"model": "window", "messages": [{"role": "user"}], name: 30, "stop": ["a"], "n": 2, **TRUNCATE}
+    again = fitted(ask(body, "chat/completions"), None)
+    assert json.loads(again.body) == {"model": "v", "messages": [{"role": "user"}], "stop": ["a"], "n": 2}
+    assert again.output_bound == 60
+
+
+# — what differs between the endpoints
+
+
+def test_an_endpoint_without_aliases_passes_what_is_an_alias_elsewhere() -> None:
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 2048}, "reasoning_effort": True, **ERROR}
+    body = {"messages": [{"role": "user"}], "max_tokens": 9, "stream": True, **thinking, "metadata": {"user_id": "u"}}
+    asked = ask({"model": "window", "user": "not this one", **body}, "messages")
+    assert json.loads(asked.body) == {"model": "v", "user": "not this one", **body}
+    assert (asked.user, asked.output_bound, asked.truncates) == ("u", 9, False)
+
+
+def test_what_produces_no_tokens_reserves_none() -> None:
+    assert ask({"model": "plain", "input": ["a", "b"]}, "embeddings").output_bound == 0
+
+
+def test_every_image_of_every_prompt_is_counted() -> None:
+    body = {"model": "plain", "prompt": ["a", "b"], "images": [["data:", "data:"], ["data:"]]}
+    assert ask(body).input_estimate == 2 + 3 * 1600
+
+
+def test_an_answer_without_a_model_gets_none() -> None:
+    assert renamed(b'{"id":1}', "m") == b'{"id":1}'
+    assert renamed(b'{"model":"v", "x": 1.50}', "m") == b'{"model":"m", "x": 1.50}'

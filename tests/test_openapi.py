@@ -87,6 +87,16 @@ def test_every_endpoint_and_every_route_is_in_it() -> None:
     }
 
 
+def test_only_a_route_with_a_star_has_a_rest() -> None:
+    paths = openapi("2026", PASSING)["paths"]
+    told = {
+        path: [parameter["name"] for parameter in item["parameters"]]
+        for path, item in paths.items()
+        if "parameters" in item
+    }
+    assert told == {"/v1/files/{rest}": ["rest"]}
+
+
 def test_requests_are_told_by_the_schemas_that_check_them() -> None:
     document = openapi("4.21.6")
     schemas = {path: body["schema"] for path, body in bodies(document).items()}

@@ -129,7 +129,19 @@ def test_a_star_in_a_models_name_stands_for_a_part_of_it_and_the_longest_beginni
 
 
 @pytest.mark.parametrize(
-    "asked", ["openai/", "-embed", "openai", "", "openai/a b", "openai/{a}", "openai/a|b", "x" * 201]
+    "asked",
+    [
+        "openai/",
+        "-embed",
+        "openai",
+        "",
+        "openai/a b",
+        "openai/{a}",
+        "openai/a|b",
+        "x" * 201,
+        "openai/\x1b[2J",
+        "openai/\x9b",
+    ],
 )
 def test_what_fits_no_star_or_is_no_models_name_is_no_model(tmp_path: Path, asked: str) -> None:
     assert snapshot(tmp_path, all=PATTERNS + POOLS).model(asked) is None

@@ -404,6 +404,7 @@ FINISHED: dict[str, tuple[bytes, bool]] = {
     "nothing": (b"", False),
     "OpenAI's mark": (word("a") + DONE, True),
     "a choice that is finished": (data(choices=[{"text": "", "finish_reason": "stop"}]), True),
+    "a choice that is not, as LocalAI writes it": (data(choices=[{"text": "a", "finish_reason": ""}]), False),
     "a choice that is not": (data(choices=[{"text": "a", "finish_reason": None}]), False),
     "Anthropic's last event": (event(b"event: message_stop", b'data: {"type": "message_stop"}'), True),
     "Anthropic's last but one": (event(b"event: message_delta", b'data: {"type": "message_delta"}'), False),
@@ -425,6 +426,8 @@ FINISHED: dict[str, tuple[bytes, bool]] = {
     "a short event with usage": (data(choices=[], usage=USAGE), False),
     "a named event with usage": (event(b"event: message_start", data(message={"usage": USAGE})[:-2]), False),
     "an event with usage that is not the last one": (IMAGE[-TAIL:] + data(type="x"), False),
+    "what the model says of OpenAI's mark": (word("data: [DONE] [DONE]"), False),
+    "OpenAI's mark alone": (b"data:[DONE]\r\n\r\n", True),
     "what the model says of it": (word('{"type": "message_stop"} "type": "response.completed"'), False),
 }
 

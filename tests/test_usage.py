@@ -33,12 +33,14 @@ def word(text: str, **members: Any) -> bytes:
     return event(id="c", object="text_completion", choices=[{"index": 0, "text": text}], **members)
 
 
-def used(chunks: Iterable[bytes], endpoint: str | Endpoint = "completions", *, stream: bool = True) -> Usage:
-    tail = Tail()
+def used(
+    chunks: Iterable[bytes], endpoint: str | Endpoint = "completions", *, stream: bool = True, bound: int = 10**9
+) -> Usage:
+    where = ENDPOINTS[endpoint] if isinstance(endpoint, str) else endpoint
+    tail = Tail(headed=where.headed)
     for chunk in chunks:
         tail.add(chunk)
-    where = ENDPOINTS[endpoint] if isinstance(endpoint, str) else endpoint
-    return usage_of(tail, where, stream=stream, input_estimate=ESTIMATE)
+    return usage_of(tail, where, stream=stream, input_estimate=ESTIMATE, output_bound=bound)
 
 
 def document(usage: object, text: str = "blue") -> bytes:
@@ -128,6 +130,15 @@ STREAMS: dict[str, tuple[list[bytes], Usage]] = {
     "without a report events are counted": ([word("a"), word("b"), DONE], Usage(ESTIMATE, 2, source="counted")),
     "null is no report": ([word("a", usage=None), word("b", usage=None)], Usage(ESTIMATE, 2, source="counted")),
     "nothing is no report": ([word("a", usage={}), word("b")], Usage(ESTIMATE, 2, source="counted")),
+    "zeros are no report, as LocalAI writes them until its last chunk": (
+        [word("a", usage=report(0, 0, 0)), word("b", usage=report(0, 0))],
+        Usage(ESTIMATE, 2, source="counted"),
+    ),
+    "zeros after a report are none": ([word("a", usage=report(3, 1)), word("b", usage=report(0, 0))], Usage(3, 1)),
+    "a comment is no report": (
+        [word("a"), b': "usage": {"prompt_tokens": 9, "completion_tokens": 9}}\n\n'],
+        Usage(ESTIMATE, 2, source="counted"),
+    ),
     "a word is no report": ([word("a", usage="3"), word("b")], Usage(ESTIMATE, 2, source="counted")),
     "words are no numbers": (
         [word("a", usage={"prompt_tokens": "3", "completion_tokens": "2"})],
@@ -160,6 +171,19 @@ def pieces(text: bytes, data: Any) -> list[bytes]:
 
 
 @settings(max_examples=50, deadline=None)
+@given(data=st.data(), size=st.integers(1, 40))
+def test_the_last_bytes_are_so_many_as_one_asks_for(data: Any, size: int) -> None:
+    tail, said = Tail(), bytes(range(30))
+    assert tail.last(size) == b""
+    chunks = pieces(said, data)
+    for chunk in chunks:
+        tail.add(chunk)
+    assert tail.last(size).endswith(said[-size:])
+    assert said.endswith(tail.last(size))
+    assert len(tail.last(size)) < size + max(map(len, chunks))
+
+
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), words=st.lists(st.integers(1, 3000), max_size=30), used_=st.integers(0, 10**6))
 def test_a_long_stream_is_read_from_its_end(data: Any, words: list[int], used_: int) -> None:
     """Of whatever came before, some of the last bytes are kept, and not much more than asked for."""
@@ -168,7 +192,9 @@ def test_a_long_stream_is_read_from_its_end(data: Any, words: list[int], used_: 
     tail = Tail()
     for chunk in chunks:
         tail.add(chunk)
-    assert usage_of(tail, ENDPOINTS["chat/completions"], stream=True, input_estimate=ESTIMATE) == Usage(3, used_)
+    assert usage_of(
+        tail, ENDPOINTS["chat/completions"], stream=True, input_estimate=ESTIMATE, output_bound=10**9
+    ) == Usage(3, used_)
     assert tail.head() == (text + DONE)[:HEAD]
     kept = tail.bytes()
     assert (text + DONE).endswith(kept)
@@ -346,6 +372,14 @@ MESSAGES: dict[str, tuple[list[bytes], Usage]] = {
         Usage(113, 2, 100),
     ),
     "member by member": ([begin(anthropic(3, 1, 10, 100)), end(anthropic(5, 2)), STOP], Usage(115, 2, 100)),
+    "zeros do not repeat": (
+        [begin(anthropic(3, 1, 10, 100)), text("a"), end(anthropic(0, 2, 0, 0)), STOP],
+        Usage(113, 2, 100),
+    ),
+    "the first event may know nothing": (
+        [begin(anthropic(0, 0)), text("a"), end(anthropic(3, 2)), STOP],
+        Usage(3, 2),
+    ),
     "the last of several counts": (
         [begin(anthropic(3, 1)), end(anthropic(output=2)), text("a"), end(anthropic(output=7)), STOP],
         Usage(3, 7),
@@ -465,6 +499,14 @@ RESPONSES: dict[str, tuple[list[bytes], Usage]] = {
         [CREATED, delta("a"), named("x", usage=newer(9, 9)), named("y", response={"x": {"usage": newer(9, 9)}})],
         Usage(ESTIMATE, 1, source="counted"),
     ),
+    "and so is one of an item": (
+        [CREATED, delta("a"), named("z", item={"usage": newer(9, 9)})],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
+    "wherever that stands": (
+        [event(type="z", item={"usage": newer(9, 9)}) + delta("a")],
+        Usage(ESTIMATE, 1, source="counted"),
+    ),
 }
 
 
@@ -492,6 +534,8 @@ COHERE = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1, "
         ("embeddings", {"data": DATA, "usage": {"prompt_tokens": 3, "total_tokens": 3}}, Usage(3, 0)),
         ("embeddings", {"data": DATA, "usage": {"total_tokens": 3}}, Usage(3, 0)),
         ("embeddings", {"data": DATA, "usage": {**report(3, 9), "total_tokens": 12}}, Usage(3, 0)),
+        ("embeddings", {"model": "m", "usage": {"prompt_tokens": 3, "total_tokens": 3}, "data": DATA}, Usage(3, 0)),
+        ("embeddings", {"data": DATA, "usage": report(0, 0)}, Usage(ESTIMATE, 0, source="counted")),
         ("embeddings", {"data": DATA}, Usage(ESTIMATE, 0, source="counted")),
         ("rerank", {"results": DATA, "usage": {"total_tokens": 3}}, Usage(3, 0)),
         ("rerank", {"id": "r", "usage": {"prompt_tokens": 3, "total_tokens": 3}, "results": DATA}, Usage(3, 0)),
@@ -567,6 +611,16 @@ def test_what_a_caller_sent_of_usage_is_not_believed(where: str, padding: int) -
         whole = json.dumps(answer).encode()
         chunks = [whole[at : at + 1000] for at in range(0, len(whole), 1000)]
         assert used(chunks, "rerank", stream=False) == Usage(ESTIMATE, 0, source="counted")
+
+
+def test_more_is_not_counted_than_could_be_produced() -> None:
+    """Log probabilities of a prompt follow the usage in vLLM's answers, and are a hundred bytes a token."""
+    usage = {"usage": report(3, 2), "prompt_logprobs": [{"17": {"logprob": -0.5, "rank": 1}}] * 5000}
+    answer = json.dumps({"choices": [{"text": "a"}], **usage}).encode()
+    chunks = [answer[at : at + 1000] for at in range(0, len(answer), 1000)]
+    assert used(chunks, stream=False, bound=16) == Usage(ESTIMATE, 16, source="counted")
+    assert used([word("a")] * 20, bound=16) == Usage(ESTIMATE, 20, source="counted")  # events are there
+    assert used([word("a"), event(usage=report(3, 20))], bound=16) == Usage(3, 20)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -463,16 +463,18 @@ async def test_a_caller_who_is_slow_is_not_taken_for_an_upstream_that_was() -> N
 async def test_an_upstream_that_was_slow_with_a_stream_is_not_held_late_with_its_answer() -> None:
     async def script(peer: Peer) -> None:
         await asyncio.sleep(0.25)
+        while not (await peer._reader.read(1 << 20)).endswith(b"\r\n0\r\n\r\n"):
+            pass
         await peer.send(EVENTS)
         await asyncio.sleep(0.45)
         await peer.send(chunk(b"a") + END)
 
-    async def endless() -> AsyncIterator[bytes]:
-        while True:
-            yield bytes(1_000_000)
+    async def large() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b"x" * 1_000_000
 
     async with Backend(Peer.head, script) as backend, wired(backend, idle="400ms") as wire:
-        response = await wire.handle_async_request(uploading(endless(), None))
+        response = await wire.handle_async_request(uploading(large(), None))
         await asyncio.sleep(0.3)  # nobody waits for the upstream
         assert await read(cast(Reply, response.stream)) == b"a"
 

@@ -191,3 +191,7 @@ async def test_an_error_of_the_backend_passes_as_it_is(caller: Caller) -> None:
 async def test_models_are_listed_and_found_by_name(caller: Caller) -> None:
     listed = await done(caller.client.models.list())
     assert [model.id for model in listed.data] == MODELS
+    found = await done(caller.client.models.retrieve(MODEL))
+    assert (found.id, found.display_name, found.type, found.created_at.year) == (MODEL, MODEL, "model", 1970)
+    with pytest.raises(anthropic.NotFoundError):
+        await done(caller.client.models.retrieve("nobodys/model"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.test_ten_sentences import ANSWER, BODY, STREAM, rows
+from tests.flows.test_ten_sentences import ANSWER, BODY, ONE_SEAT, STREAM, rows
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunked, forever, ok
 from tests.proving.house import MODEL, House, documents, gateway
 
@@ -167,7 +167,7 @@ async def test_events_that_come_one_by_one_leave_one_by_one_and_are_billed(store
 
     async with Backend(Peer.request, EVENTS, one_by_one, END) as backend:
         async with gateway(store_url, pool(backend)) as house:
-            async with house.caller(await house.key(), STREAM) as caller:
+            async with house.caller(await house.key(), STREAM.replace(b": 4", b": 9")) as caller:
                 await caller.head()
                 for event in events:
                     turn.set()
@@ -178,6 +178,49 @@ async def test_events_that_come_one_by_one_leave_one_by_one_and_are_billed(store
     (row,) = rows(store_url)
     assert (row["output_tokens"], row["source"]) == (len(events), "counted")
     assert row["bytes_out"] == sum(map(len, events)) + len(DONE)
+
+
+# — the last word
+
+STOP = b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+CHAT = json.dumps({"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}], "stream": True})
+
+
+@pytest.mark.parametrize("usage", ["native", "inject"])
+@pytest.mark.parametrize(
+    ("path", "body", "last"),
+    [
+        ("/v1/completions", STREAM, DONE),
+        ("/v1/chat/completions", CHAT.encode(), DONE),
+        ("/v1/messages", CHAT.encode(), STOP),
+    ],
+)
+@pytest.mark.parametrize("cut", [0, 1, 4, 8])
+async def test_who_reads_a_last_word_has_his_seat_back(
+    store_url: str, path: str, body: bytes, last: bytes, cut: int, usage: str
+) -> None:
+    """However the backend cuts it: from its end, `cut` bytes come by themselves."""
+    whole = WORDS[0] + last
+    pieces = [whole[:-cut], whole[-cut:]] if cut else [WORDS[0], last]
+
+    async def slowly(peer: Peer) -> None:
+        for piece in pieces:
+            await asyncio.sleep(0.03)
+            await peer.send(chunk(piece))
+        await asyncio.sleep(0.15)
+        await peer.send(END)
+
+    seat = {"free": {"limits": [ONE_SEAT]}}
+    async with Backend(forever(Peer.request, EVENTS, slowly)) as backend:
+        async with gateway(store_url, {**pool(backend, usage=usage), "plans": seat}) as house:
+            key = await house.key()
+            for _ in range(2):
+                async with house.caller(key, body, path=path.encode()) as caller:
+                    assert (await caller.head()).startswith(b"HTTP/1.1 200")
+                    read = b""
+                    while not b"".join(read.split(b"\r\n")[1::2]).endswith(last):
+                        read += await caller.reader.read(4096)
+                    assert repr(house.gateway.admission) == "<Admission 0 live, 0 not settled yet>"
 
 
 # — comments
@@ -252,9 +295,9 @@ async def test_a_stream_that_has_begun_gets_no_comments(store_url: str) -> None:
 
 
 async def test_a_503_that_was_tried_twice_tells_an_sdk_not_to_try_again(store_url: str) -> None:
-    busy = forever(Peer.request, b"HTTP/1.1 503 X\r\ncontent-length: 2\r\n\r\n{}")
+    busy = forever(Peer.request, b"HTTP/1.1 503 X\r\nX-Should-Retry: true\r\ncontent-length: 2\r\n\r\n{}")
     async with Backend(busy) as one, Backend(busy) as two:
-        for backends, told in (((one, two), "false"), ((one,), None)):
+        for backends, told in (((one, two), "false"), ((one,), "true")):
             async with gateway(store_url, documents([backend.url for backend in backends])) as house:
                 async with house.client(await house.key()) as client:
                     answer = await client.post("/v1/completions", content=BODY)
