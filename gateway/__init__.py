@@ -3,7 +3,7 @@
 The files stand on floors; a file imports only what stands before it in this list (tests/test_floors.py holds it true).
 
 floor 0, words:     errors, asgi, uploads, endpoints
-floor 1, documents: settings, documents, language, policy
+floor 1, documents: settings, documents, language, snapshot, policy
 floor 2, decisions: identity, members, contract, normalize, context, usage, terms, standings, hops, sse, health, balance
 floor 3, resources: store, keys, drains, admission, wire, bridge, upstream, pools, ledger
 floor 4, exchange:  exchange, proxy

@@ -21,7 +21,7 @@ import redis.exceptions
 import structlog
 
 from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
-from gateway.policy import Limit, windows_around
+from gateway.snapshot import Limit, windows_around
 from gateway.standings import Standing, refusal
 from gateway.store import Arg, Coalesced, Item, Script, Store, StoreAway
 from gateway.terms import Charge, Terms

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway import drains, policy, reload
+from gateway import drains, reload, snapshot
 from gateway.admission import Admission
 from gateway.asgi import Receive, Scope, Send, refuse
 from gateway.endpoints import ENDPOINTS, PREFIXES, Endpoint
@@ -40,6 +40,7 @@ from gateway.errors import (
 from gateway.hops import pseudonym
 from gateway.keys import KeyRing
 from gateway.openapi import openapi
+from gateway.policy import load
 from gateway.pools import Live
 from gateway.proxy import Proxy
 from gateway.reference import page
@@ -99,7 +100,7 @@ class Gateway:
         else:
             await _refuse(scope, send, _not_for(method, route.methods))
 
-    def _route(self, raw_path: bytes) -> policy.Route | None:
+    def _route(self, raw_path: bytes) -> snapshot.Route | None:
         """The policies' route of a path that no two readers can take for two."""
         path = _ROUTE.fullmatch(raw_path)
         if path is None or _AMBIGUOUS.search(raw_path):
@@ -121,7 +122,7 @@ class Gateway:
             raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
         return JSONResponse(_shown(model))
 
-    def _may(self, request: Request) -> Callable[[policy.Model], bool]:
+    def _may(self, request: Request) -> Callable[[snapshot.Model], bool]:
         """Whether the caller may use a model."""
         principal = self.keys.identify(request.scope["headers"])
         team = self.live.policies.snapshot.teams.get(principal.team)
@@ -138,9 +139,9 @@ class Gateway:
         return Response(page, headers=_PAGE, media_type="text/html")
 
     async def _described(self) -> tuple[bytes, bytes]:
-        snapshot = self.live.policies.snapshot
-        routes = tuple((path, tuple(route.methods)) for path, route in snapshot.routes.items())
-        return await asyncio.to_thread(_described, snapshot.gateway.profile, routes)
+        policies = self.live.policies.snapshot
+        routes = tuple((path, tuple(route.methods)) for path, route in policies.routes.items())
+        return await asyncio.to_thread(_described, policies.gateway.profile, routes)
 
     async def _live(self, request: Request) -> Response:
         """The event loop turns; nothing else is asked, so that nothing else restarts a process."""
@@ -171,7 +172,7 @@ _NO_PATH = "no such path; see /v1/models, /openapi.json and /docs"
 _ONE_MODEL = tuple(f"{prefix}/models/".encode() for prefix in PREFIXES)
 
 
-def _shown(model: policy.Model) -> dict[str, object]:
+def _shown(model: snapshot.Model) -> dict[str, object]:
     """A model as OpenAI's clients read it, and Anthropic's."""
     openai = {"id": model.name, "object": "model", "created": 0, "owned_by": model.pool}
     return {**openai, "type": "model", "display_name": model.name, "created_at": "1970-01-01T00:00:00Z"}
@@ -232,7 +233,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
-    policies = reload.opened(policy.load(settings.policies))
+    policies = reload.opened(load(settings.policies))
     policies.pools.watch()
     store = Store(store_url, deadline=settings.store_deadline)
     secret = pepper(settings)

@@ -13,7 +13,7 @@ from gateway.errors import ClientGone, Dialect, Fault, GatewayError
 from gateway.hops import Way
 from gateway.identity import Principal
 from gateway.normalize import InferenceRequest
-from gateway.policy import Limit
+from gateway.snapshot import Limit
 from gateway.terms import Terms, used
 from gateway.uploads import Upload
 from gateway.upstream import Answer

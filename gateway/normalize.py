@@ -20,10 +20,10 @@ from gateway.contract import Members, Prompts, Values, cut
 from gateway.endpoints import Endpoint
 from gateway.errors import BadRequest, ContextLengthExceeded, Invalid, NotFound, Problem
 from gateway.language import Effort
-from gateway.policy import Family, Model, Route, Snapshot
+from gateway.snapshot import Family, Model, Route, Snapshot
 from gateway.uploads import Form, Upload
 
-# Callers may write integers of any size. No limit is larger (policy.py), and the store's arithmetic is exact so far.
+# Callers may write integers of any size. No limit is larger (language.py), and the store's arithmetic is exact so far.
 MAX_BOUND = 10**12
 
 

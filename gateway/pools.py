@@ -22,7 +22,7 @@ from gateway.errors import BadRequest, Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
 from gateway.normalize import InferenceRequest, fitted, instead
-from gateway.policy import Snapshot
+from gateway.snapshot import Snapshot
 from gateway.upstream import Answer, Upstream, cause_of
 from gateway.wire import Wire, trusting
 
@@ -161,7 +161,8 @@ class Opening:
         if not left:
             return answer
         await answer.leave()
-        return await self._ask_once(pool, fitted(request, None if left == UNSAID else left), is_last)
+        smaller = await asyncio.to_thread(fitted, request, None if left == UNSAID else left)
+        return await self._ask_once(pool, smaller, is_last)
 
     async def _ask_once(self, pool: Pool, request: InferenceRequest, is_last: bool) -> Answer:
         """The answer of a pool. Raises UpstreamFailed where it has none, or one that another pool may better."""

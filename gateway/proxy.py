@@ -29,8 +29,8 @@ from gateway.exchange import Exchange
 from gateway.hops import Way
 from gateway.keys import KeyRing
 from gateway.normalize import InferenceRequest, normalize, of_form, of_route
-from gateway.policy import Route, Snapshot
 from gateway.pools import Live, Opening
+from gateway.snapshot import Route, Snapshot
 from gateway.sse import COMMENT, error_event
 from gateway.standings import standing_headers
 from gateway.terms import terms_for

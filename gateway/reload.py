@@ -9,8 +9,9 @@ from pathlib import Path
 import structlog
 
 from gateway.documents import PolicyError
-from gateway.policy import Snapshot, load
+from gateway.policy import load
 from gateway.pools import Live, Policies, Pools
+from gateway.snapshot import Snapshot
 
 _log = structlog.get_logger("gateway.policies")
 _one_at_a_time = asyncio.Lock()

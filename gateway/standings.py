@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from gateway.errors import Dialect, GatewayError, QuotaExhausted, RateLimited
-from gateway.policy import Limit
+from gateway.snapshot import Limit
 from gateway.terms import Charge
 
 # What a caller without a seat is told: how long other requests take is not known, one second is a polite guess.

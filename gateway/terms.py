@@ -11,7 +11,7 @@ from gateway.errors import BadRequest, Forbidden
 from gateway.identity import Principal, anonymous
 from gateway.language import Count, Scope
 from gateway.normalize import InferenceRequest
-from gateway.policy import Limit, Snapshot, Team, matches
+from gateway.snapshot import Limit, Snapshot, Team, matches
 from gateway.usage import Usage
 
 

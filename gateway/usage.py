@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from gateway.endpoints import Endpoint
-from gateway.policy import Model
+from gateway.snapshot import Model
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from gateway import admission as admission_module
 from gateway.admission import SEAT_LEASE, Admission, ledger_stream
 from gateway.errors import GatewayError, InternalError, QuotaExhausted, RateLimited, StoreUnavailable
-from gateway.policy import Limit, windows_around
+from gateway.snapshot import Limit, windows_around
 from gateway.store import Script
 from tests.proving import house
 from tests.proving.limits import Request, everything, gateways, key_of, quota, rate, seats, terms, until, wire

@@ -19,7 +19,7 @@ from gateway.asgi import Message
 from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import BadRequest, GatewayError, Invalid, NotFound
 from gateway.normalize import MAX_BOUND, InferenceRequest, fitted, instead, normalize, of_route, renamed
-from gateway.policy import Route, Snapshot
+from gateway.snapshot import Route, Snapshot
 from gateway.uploads import Upload
 
 POLICIES = Path(__file__).parent.parent / "policies"

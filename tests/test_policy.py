@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from gateway.documents import PolicyError
 from gateway.language import LimitPolicy
-from gateway.policy import Limit, Snapshot, load, matches
+from gateway.policy import load
+from gateway.snapshot import Limit, Snapshot, matches
 
 SHIPPED = Path(__file__).parent.parent / "policies"
 

@@ -19,8 +19,9 @@ from gateway.asgi import RawHeaders
 from gateway.endpoints import ENDPOINTS
 from gateway.errors import UpstreamFailed, UpstreamsBusy
 from gateway.normalize import normalize
-from gateway.policy import Snapshot, load
+from gateway.policy import load
 from gateway.pools import Opening, Policies, Pools
+from gateway.snapshot import Snapshot
 from gateway.upstream import Answer
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, forever, ok
 from tests.proving.house import MODEL, documents

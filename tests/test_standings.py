@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import Dialect, GatewayError
-from gateway.policy import Limit
+from gateway.snapshot import Limit
 from gateway.standings import Standing, _go_duration, refusal, standing_headers
 from gateway.terms import Charge
 from tests.proving.limits import key_of, quota, rate, seats

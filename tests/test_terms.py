@@ -13,7 +13,8 @@ from gateway.errors import BadRequest, Forbidden
 from gateway.identity import Principal, anonymous
 from gateway.language import Count
 from gateway.normalize import InferenceRequest
-from gateway.policy import Snapshot, load
+from gateway.policy import load
+from gateway.snapshot import Snapshot
 from gateway.terms import Terms, terms_for, used
 from gateway.usage import NOTHING, Usage
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.endpoints import ENDPOINTS, Endpoint
-from gateway.policy import Model
+from gateway.snapshot import Model
 from gateway.usage import HEAD, NOTHING, TAIL, Tail, Usage, usage_of
 
 ESTIMATE = 77

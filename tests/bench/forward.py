@@ -16,8 +16,8 @@ from gateway.asgi import Receive, Scope, Send, read_body
 from gateway.endpoints import ENDPOINTS
 from gateway.language import PoolPolicy, UpstreamPolicy
 from gateway.normalize import InferenceRequest
-from gateway.policy import Model
 from gateway.server import config
+from gateway.snapshot import Model
 from gateway.upstream import Upstream
 from gateway.wire import Wire
 from tests.bench.backend import ANSWER

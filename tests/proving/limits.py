@@ -17,7 +17,7 @@ from gateway.admission import Admission
 from gateway.errors import Dialect
 from gateway.exchange import new_id
 from gateway.language import Count
-from gateway.policy import Limit
+from gateway.snapshot import Limit
 from gateway.store import Store
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord

@@ -1,0 +1,209 @@
+"""All policies of one instant, compiled and frozen: what decisions read.
+
+The documents that it is made of are read and checked in policy.py.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+from gateway.endpoints import Endpoint
+from gateway.language import (
+    MODEL_NAME,
+    PERIODS,
+    Api,
+    Count,
+    Effort,
+    GatewayPolicy,
+    History,
+    LimitPolicy,
+    PoolPolicy,
+    Scope,
+    Timeouts,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limit:
+    """One limit as admission knows it. Equal to itself alone, as a Team is.
+
+    `capacity` is in units of `count` (dollars are micro-dollars): a rate's burst, a quota's amount, the seats.
+    `period` is the time in microseconds in which a rate refills `amount`; 0 for the other kinds.
+    """
+
+    name: str
+    kind: Literal["rate", "quota", "seats"]
+    count: Count
+    amount: int
+    capacity: int
+    period: int
+    window: str
+    zone: ZoneInfo | None
+    per: tuple[Scope, ...]
+
+    @property
+    def unit(self) -> str:
+        """What is counted, in words."""
+        return "micro-dollars" if self.count == "usd" else self.count.replace("_", " ")
+
+    @classmethod
+    def of(cls, policy: LimitPolicy, zone: str) -> Limit:
+        scale = 1_000_000 if policy.count == "usd" else 1
+        if policy.rate is not None:
+            amount = policy.rate.amount * scale
+            burst = amount if policy.burst is None else policy.burst * scale
+            window = policy.rate.period
+            return cls(
+                policy.name, "rate", policy.count, amount, burst, PERIODS[window] * 1_000_000, window, None, policy.per
+            )
+        if policy.quota is not None:
+            amount, window = policy.quota.amount * scale, policy.quota.period
+            own = ZoneInfo(policy.time_zone or zone)
+            return cls(policy.name, "quota", policy.count, amount, amount, 0, window, own, policy.per)
+        seats = policy.at_most or 0  # the third kind, as the document's check has seen to
+        return cls(policy.name, "seats", policy.count, seats, seats, 0, "", None, policy.per)
+
+
+def windows_around(window: str, zone: ZoneInfo, at: datetime) -> tuple[datetime, datetime, datetime, datetime]:
+    """The starts of the calendar window before `at`, of its own, and of the next two, as instants in UTC.
+
+    Three windows, because the store's clock decides, and it may be on the other side of a boundary.
+    """
+    start = _floor(window, at.astimezone(zone).replace(tzinfo=None, fold=0))
+    # A local hour that comes twice is one window; a start that clocks leap over falls together with the next one.
+    starts = sorted({_step(window, start, by).replace(tzinfo=zone).astimezone(UTC) for by in range(-2, 5)})
+    place = bisect_right(starts, at)
+    before, own, after, last = starts[place - 2 : place + 2]
+    return before, own, after, last
+
+
+def _floor(window: str, at: datetime) -> datetime:
+    at = at.replace(minute=0, second=0, microsecond=0)
+    if window == "hour":
+        return at
+    at = at.replace(hour=0)
+    if window == "week":
+        return at - timedelta(days=at.weekday())
+    return at.replace(day=1) if window == "month" else at
+
+
+def _step(window: str, start: datetime, by: int) -> datetime:
+    if window == "month":
+        months = start.year * 12 + start.month - 1 + by
+        return start.replace(year=months // 12, month=months % 12 + 1)
+    return start + by * {"hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(weeks=1)}[window]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The rules of one model family; None lets everything pass."""
+
+    name: str
+    reasoning_effort: frozenset[Effort] | None
+    reasoning_history: frozenset[History] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model as requests know it. Prices are in micro-dollars per million tokens."""
+
+    name: str  # where the policies name it with a star, the name that was asked
+    entry: str  # what the policies call it: its limits are counted by that
+    family: Family | None
+    pool: str
+    api: Api
+    upstream_name: str
+    max_output_tokens: int
+    input_price: int
+    cached_input_price: int
+    output_price: int
+    strict: bool = True
+    profile: str = "2026"
+    context_window: int | None = None
+    restore_name: bool = False
+    usage: Literal["native", "inject", "continuous"] = "native"
+    affinity: bool = False  # whether its pool sends like to like
+    timeouts: Timeouts = Timeouts.model_construct()
+    fallbacks: tuple[Model, ...] = ()  # in whose places the same request may be answered, in this order
+
+    def fits(self, name: str) -> bool:
+        """Whether the star of its entry may stand for what makes this name of it."""
+        before, star, after = self.entry.partition("*")
+        return bool(star) and len(name) > len(before + after) and name.startswith(before) and name.endswith(after)
+
+    def called(self, name: str) -> Model:
+        """The model of this name, of an entry with a star that the name fits."""
+        before, _, after = self.entry.partition("*")
+        stands_for = name[len(before) : len(name) - len(after)]
+        upstream = self.upstream_name.replace("*", stands_for)
+        fallbacks = tuple(m.called(name) if m.entry == self.entry else m for m in self.fallbacks)
+        return replace(self, name=name, upstream_name=upstream, fallbacks=fallbacks)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A path that passes. To limits, prices and permissions it is a model, by the name of its path."""
+
+    endpoint: Endpoint
+    model: Model
+    methods: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Team:
+    """One team with its limits. Equal to itself alone, so that what is computed of it is found again quickly."""
+
+    name: str
+    organisation: str
+    plan: str
+    models: tuple[str, ...]
+    limits: tuple[Limit, ...]
+
+    def may_use(self, model: str) -> bool:
+        return matches(self.models, model)
+
+
+def matches(patterns: Iterable[str], model: str) -> bool:
+    """Whether one of the patterns (`*`, `accounts/acme/models/*`, a whole name) names the model."""
+    return any(pattern == "*" or fnmatchcase(model, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All policies of one instant, compiled. `models` answers to every name and alias."""
+
+    revision: str
+    gateway: GatewayPolicy
+    models: Mapping[str, Model]
+    patterns: tuple[Model, ...]  # entries with a star, the more exact ones first: the longest beginning, then end
+    routes: Mapping[str, Route]
+    pools: Mapping[str, PoolPolicy]
+    teams: Mapping[str, Team]
+
+    @cached_property
+    def public_models(self) -> tuple[Model, ...]:
+        """Every model that has a name of its own once, in the order of the documents."""
+        return tuple({model.name: model for model in self.models.values()}.values())
+
+    def model(self, name: str) -> Model | None:
+        """The model that answers to a name: its own, an alias, or one that fits a star."""
+        found = self.models.get(name)
+        if found is not None or not self.patterns or MODEL_NAME.fullmatch(name) is None:
+            return found
+        entry = next((model for model in self.patterns if model.fits(name)), None)
+        return None if entry is None else entry.called(name)
+
+    def route(self, path: str) -> Route | None:
+        """The route of a path: its own, or the longest one with a star at its end."""
+        found = self.routes.get(path)
+        while found is None and path:
+            path = path.rpartition("/")[0]
+            found = self.routes.get(f"{path}/*")
+        return found
