@@ -14,7 +14,9 @@ prompt's own words, over and over. Play with it:
     POST /v1/rerank                  the documents, by how many of the query's words they have
     POST /v1/images/generations      one tiny PNG, n times; an image counts as so many tokens of output
     POST /v1/images/edits            the same, from a form
+    POST /v1/images/variations       the same, without a prompt
     POST /v1/audio/transcriptions    the words of the form's prompt, as if heard in its file; JSON or a stream
+    POST /v1/audio/translations      the same
     GET  /v1/models                  the model `echo`; any other name is served, too
 
 How to misbehave is told in the request, by words of the prompt (in a chat: of the last user message; in a rerank: of

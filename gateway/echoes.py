@@ -602,8 +602,14 @@ class ImageEdits(Images, kw_only=True):
     form = True
 
 
+class ImageVariations(ImageEdits, kw_only=True):
+    """POST /v1/images/variations: of an image that is not looked at, by no words."""
+
+    prompt: str = ""
+
+
 class Transcription(Streaming, kw_only=True):
-    """POST /v1/audio/transcriptions: what is heard in a file is what its prompt says."""
+    """POST /v1/audio/transcriptions and /v1/audio/translations: what is heard in a file is what its prompt says."""
 
     file: File
     prompt: str = ""
@@ -634,7 +640,9 @@ APIS: Mapping[str, type[Ask]] = {
     "/v1/rerank": Rerank,
     "/v1/images/generations": Images,
     "/v1/images/edits": ImageEdits,
+    "/v1/images/variations": ImageVariations,
     "/v1/audio/transcriptions": Transcription,
+    "/v1/audio/translations": Transcription,
 }
 
 

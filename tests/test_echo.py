@@ -38,6 +38,7 @@ from gateway import echo, echoes
 Json = dict[str, Any]
 TEXT, CHAT, LEDGER = "/v1/completions", "/v1/chat/completions", "/echo/ledger"
 RESPONSES, MESSAGES, HEARD = "/v1/responses", "/v1/messages", "/v1/audio/transcriptions"
+TRANSLATED = "/v1/audio/translations"
 FOREVER = 600  # seconds: who waits for the end of it has hung
 
 
@@ -520,9 +521,11 @@ EVERY_API: dict[str, Json] = {
     "/v1/rerank": {"query": "to be", "documents": ["or"]},
     "/v1/images/generations": {"prompt": "to be"},
     "/v1/images/edits": {"prompt": "to be"},
+    "/v1/images/variations": {"prompt": "to be"},
     HEARD: {"prompt": "to be"},
+    TRANSLATED: {"prompt": "to be"},
 }
-STREAMED = [TEXT, CHAT, RESPONSES, MESSAGES, HEARD]
+STREAMED = [TEXT, CHAT, RESPONSES, MESSAGES, HEARD, TRANSLATED]
 
 
 async def call(

@@ -152,10 +152,12 @@ async def test_images_are_made_and_edited(caller: Caller, gateway: Served, backe
     named = {"model": ALIAS, "prompt": "to be", "extra_headers": caller.named}
     edited = await done(images.edit(image=[("a.png", png), ("b.png", png)], **named))
     assert [len(answer.data) for answer in (made, edited)] == [2, 1]
-    assert [answer.usage.total_tokens for answer in (made, edited)] == [2 + 32, 2 + 16]
-    lines = await gateway.log.wait(caller.called, 2)
-    assert [line["outcome"] for line in lines] == ["complete"] * 2
-    _, form = (json.loads(row["body"]) for row in await backend.rows(caller.called))
+    with pytest.deprecated_call():
+        varied = await done(images.create_variation(image=("a.png", png), model=ALIAS, extra_headers=caller.named))
+    assert [answer.usage.total_tokens for answer in (made, edited, varied)] == [2 + 32, 2 + 16, 16]
+    lines = await gateway.log.wait(caller.called, 3)
+    assert [line["outcome"] for line in lines] == ["complete"] * 3
+    _, form, _ = (json.loads(row["body"]) for row in await backend.rows(caller.called))
     (files,) = (value for name, value in form.items() if name.startswith("image"))
     assert form["model"] == MODEL
     assert [file["sha256"] for file in files] == [hashlib.sha256(png).hexdigest()] * 2
@@ -173,6 +175,16 @@ async def test_a_recording_is_transcribed_and_never_changed(caller: Caller, gate
     assert (form["model"], row["status"]) == (MODEL, "complete")
     (line,) = await gateway.log.wait(caller.called, 1)
     assert (line["outcome"], line["usage_source"]) == ("complete", "upstream")
+
+
+async def test_a_recording_is_translated(caller: Caller, gateway: Served, backend: Backend) -> None:
+    asked = {"model": ALIAS, "prompt": "to be #tokens=3", "extra_headers": caller.named}
+    with pytest.deprecated_call():
+        heard = await done(caller.client.audio.translations.create(file=("a.wav", b"sound"), **asked))
+    assert heard.text == "to be to"
+    assert [json.loads(row["body"])["model"] for row in await backend.rows(caller.called)] == [MODEL]
+    (line,) = await gateway.log.wait(caller.called, 1)
+    assert (line["http.route"], line["outcome"]) == ("/v1/audio/translations", "complete")
 
 
 async def test_a_transcription_is_streamed(caller: Caller, gateway: Served) -> None:
