@@ -192,39 +192,41 @@ def _prompts(values: Values) -> Prompts:
     for name in ("prompt", "input"):
         if isinstance(prompts := values.get(name), Prompts):
             shown = values.get("images")
-            return (
-                prompts
-                if shown is None
-                else prompts._replace(tokens=prompts.tokens + sum(shown.numbers) * IMAGE_TOKENS)
-            )
+            images = 0 if shown is None else sum(shown.numbers)
+            return prompts._replace(tokens=prompts.tokens + images * IMAGE_TOKENS) if images else prompts
     texts = [values[name] for name in _TEXTS if values.get(name)]
     size, images = sum(map(len, texts)), 0
     if size > _SMALL:
         for text in texts:
-            hidden, found = _images_in(text.encode() if isinstance(text, str) else bytes(text))
+            hidden, found = _images_in(bytes(text))
             size -= hidden
             images += found
     return Prompts(1, contract.estimate(size) + images * IMAGE_TOKENS)
 
 
 IMAGE_TOKENS = 1600  # of an image, as far as one can say beforehand: what Anthropic's largest take, and OpenAI's nearly
-_SMALL = 4096  # bytes that hold no image worth looking for
+_SMALL = 2048  # bytes that are no image
 _IMAGES = 1000  # that are looked for
-_DATA = b";base64,"
+_DATA = (b";base64,", b'"data":"', b'"data": "')  # OpenAI's data URLs; Anthropic's sources, and sounds
 
 
 def _images_in(text: bytes) -> tuple[int, int]:
-    """The bytes of the data URLs in a JSON text, and how many they are: four of these bytes are no token."""
-    size = number = quote = 0
-    start = text.find(_DATA)
-    while start >= 0 and number < _IMAGES:
-        if quote < start:
-            quote = text.find(b'"', start)
-        blank = text.find(b" ", start, quote)
-        end = quote if blank < 0 else blank  # behind a blank it is prose, whatever stands before it
-        size += end - start
-        number += 1
-        start = text.find(_DATA, end)
+    """The bytes of the images in a JSON text, and how many they are: four of these bytes are no token."""
+    size = number = 0
+    for mark in _DATA:
+        start, quote = text.find(mark), 0
+        for _ in range(_IMAGES):
+            if start < 0:
+                break
+            start += len(mark)
+            if quote < start:
+                quote = text.find(b'"', start)
+            blank = text.find(b" ", start, quote)
+            end = quote if blank < 0 else blank  # behind a blank it is prose, whatever stands before it
+            if end - start > _SMALL and not text.startswith(b"data:", start):
+                size += end - start
+                number += 1
+            start = text.find(mark, end)
     return size, number
 
 

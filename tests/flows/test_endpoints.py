@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.endpoints import ENDPOINTS
 from tests.flows.test_ten_sentences import rows
 from tests.proving.backend import Backend, Peer, chunked, forever, ok, play
 from tests.proving.house import MODEL, House, documents, gateway
@@ -391,15 +392,24 @@ async def test_a_counted_prompt_that_does_not_fit_is_refused_where_the_caller_wa
 # — what is large
 
 
-async def test_an_image_in_a_message_is_estimated_as_an_image_and_not_as_text(store_url: str) -> None:
-    limit = {"name": "in", "count": "input_tokens", "rate": "5000/minute", "per": ["team"]}
-    content = [{"type": "text", "text": "what is it"}, {"type": "image_url", "image_url": {"url": PNG}}]
+SHOWN = {
+    "chat/completions": {"type": "image_url", "image_url": {"url": PNG}},
+    "messages": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG[22:]}},
+    "responses": {"type": "input_image", "image_url": PNG},
+}
+
+
+@pytest.mark.parametrize("endpoint", SHOWN)
+async def test_an_image_in_a_message_is_estimated_as_an_image_and_not_as_text(store_url: str, endpoint: str) -> None:
+    limit = {"name": "in", "count": "input_tokens", "rate": "2000/minute", "per": ["team"]}
+    content = [{"type": "text", "text": "what is it"}, SHOWN[endpoint]]
+    said = [{"role": "user", "content": content}]
     async with (
         Backend(forever(Peer.request, answer({"prompt_tokens": 900, "completion_tokens": 1}))) as backend,
         gateway(store_url, documents([backend.url], plans={"free": {"limits": [limit]}})) as house,
     ):
-        request = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
-        got = await ask(house, "/v1/chat/completions", await house.key(), request)
+        request = {"model": MODEL, "max_tokens": 9, ENDPOINTS[endpoint].input: said}
+        got = await ask(house, f"/v1/{endpoint}", await house.key(), request)
     assert got.status_code == 200
     assert sent(backend) == [request]
 
