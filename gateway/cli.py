@@ -230,7 +230,8 @@ def check(
         for mistake in error.mistakes:
             typer.echo(mistake, err=True)
         raise typer.Exit(WRONG) from None
-    held = f"{len(snapshot.public_models)} models, {len(snapshot.pools)} pools, {len(snapshot.teams)} teams"
+    models = len(snapshot.public_models) + len(snapshot.patterns)
+    held = f"{models} models, {len(snapshot.pools)} pools, {len(snapshot.teams)} teams"
     typer.echo(f"{directory}: revision {snapshot.revision}: {held}, no mistakes")
 
 

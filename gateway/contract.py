@@ -105,6 +105,7 @@ def document(endpoint: str, profile: str) -> dict[str, Any]:
 # — rows that stand in several tables
 
 _STOP = leaf("a string or an array of at most 4 strings", str | Annotated[list[str], Meta(max_length=4)])
+_BIAS = Annotated[float, Meta(ge=-100, le=100)]
 _METADATA = mapping("an object whose values are strings", str)
 _TOOLS = raw("an array", "array")
 _BEHAVIOUR = one_of("error", "truncate", null=False)
@@ -159,7 +160,7 @@ COMPLETIONS_4_21_6: Rows = {
         json_schema=Schema({**_FORMAT, "json_schema": _GIVEN_SCHEMA}, required=("json_schema",)),
         grammar=Schema(_FORMAT),
     ),
-    "logit_bias": mapping("an object of numbers from -100 to 100", Annotated[float, Meta(ge=-100, le=100)]),
+    "logit_bias": mapping("an object of numbers from -100 to 100", _BIAS, each="a number from -100 to 100"),
     "speculation": SPECULATION,
     "prediction": prediction("image_url"),
     "metadata": _METADATA,

@@ -41,6 +41,7 @@ class Exchange:
         "request",
         "started",
         "terms",
+        "timed",
         "upload",
         "way",
     )
@@ -62,6 +63,7 @@ class Exchange:
         self.ended: Ended = "gateway"
         self.started = False  # whether a status line went out
         self.commented = False  # and whether that was ours, before there was an answer
+        self.timed = False  # whether its answer says where the time went
         self._usage: Usage | None = None
 
     @property

@@ -329,7 +329,7 @@ def _headers(*groups: str) -> Json:
 _DIALECTS: tuple[Dialect, ...] = ("openai", "anthropic")
 _PROBLEM = Problem(("n",), "n: found 0, expected an integer from 1 to 128")
 _ERRORS: tuple[GatewayError, ...] = (
-    BadRequest("the body is no JSON object: unexpected end of data"),
+    BadRequest("the body is no JSON object: it is empty"),
     ContextLengthExceeded(
         "the prompt has 5000 tokens and max_tokens is 4000, the context window of kimi-k2 holds 8192 together",
         param="max_tokens",
@@ -387,7 +387,7 @@ def _refusal(dialect: Dialect, status: int, errors: list[GatewayError]) -> Json:
     limits = (dialect,) if status == 429 else ()
     return {
         "description": " ".join(dict.fromkeys(_meaning(error) for error in errors)),
-        "headers": _headers("named", *limits, *_GROUPS.get(status, ())),
+        "headers": _headers("named", *limits, "timed", *_GROUPS.get(status, ())),
         "content": {
             "application/json": _media(schema, dialect, errors),
             "application/problem+json": _media("problem", "problem", errors),

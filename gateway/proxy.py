@@ -84,6 +84,7 @@ class Proxy:
     async def _serve(self, x: Exchange, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
         policies = self._live.policies  # one set of policies for a whole life
         snapshot = policies.snapshot
+        x.timed = snapshot.gateway.perf_headers
 
         x.principal = self._keys.identify(scope["headers"])  # 401
         x.way = Way(scope, self._name, x.called, os.urandom(16))  # 505, 508
@@ -93,7 +94,7 @@ class Proxy:
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
             opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
             async with until_hang_up(x.after(receive)), commented(opening, x, send) as x.answer:  # 502-4
-                held = await relay(x, scope, send, timed=snapshot.gateway.perf_headers)  # all but the last piece
+                held = await relay(x, scope, send)  # all but the last piece
         x.started = True
         for message in held:  # after settling
             await send(message)
@@ -124,7 +125,7 @@ async def understood(
     return request
 
 
-async def relay(x: Exchange, scope: Scope, send: Send, *, timed: bool) -> list[Message]:
+async def relay(x: Exchange, scope: Scope, send: Send) -> list[Message]:
     """Send the answer as it comes, chunk by chunk. Returns what is held back until its usage is settled: the last
     piece, and of an answer that has come whole everything, so that it leaves in one write."""
     answer, lease = x.answer, x.lease
@@ -135,8 +136,8 @@ async def relay(x: Exchange, scope: Scope, send: Send, *, timed: bool) -> list[M
     if answer.model.restore_name:
         await answer.rename()
     headers = [*answer.headers, *standing_headers(lease.standings, dialect=x.dialect), *_names(x, answer.headers)]
-    if timed:
-        headers.append((b"server-timing", _timing(x, answer)))
+    if x.timed:
+        headers.append((b"server-timing", _timing(x)))
     if answer.status >= 500 and answer.attempts > 1:
         headers = [h for h in headers if h[0].lower() != b"x-should-retry"]
         headers.append((b"x-should-retry", b"false"))  # it was tried again here
@@ -206,17 +207,21 @@ async def tell(x: Exchange, error: GatewayError, send: Send) -> None:
 async def say(x: Exchange, error: GatewayError, scope: Scope, send: Send, *, close: bool) -> None:
     """Answer with an error, in the words that the caller understands."""
     shape = shape_for(x.dialect, (value for name, value in scope["headers"] if name == b"accept"))
-    await refuse(send, error, shape=shape, called=x.called.decode(), headers=_names(x), close=close)
+    headers = [*_names(x), (b"server-timing", _timing(x))] if x.timed else _names(x)
+    await refuse(send, error, shape=shape, called=x.called.decode(), headers=headers, close=close)
 
 
-def _timing(x: Exchange, answer: Answer) -> bytes:
+def _timing(x: Exchange) -> bytes:
     """Where the time went until the first byte, in milliseconds (W3C Server Timing). What it took to wait for the store
-    and for other requests in front of it is the queue; what follows the head of a stream is not told."""
-    assert x.lease is not None
+    and for other requests in front of it is the queue; what follows the head of a stream is not told. Of what was not
+    admitted all is the gateway's; where nothing was answered, the upstream has the time until that was clear."""
+    now = time.monotonic()
+    if x.lease is None:
+        return b"gateway;dur=%.3f" % ((now - x.received) * 1000)
     queue = x.lease.since - x.lease.asked
-    upstream = answer.answered - x.lease.since
-    gateway = time.monotonic() - x.received - queue - upstream
-    if answer.is_stream:
+    upstream = (now if x.answer is None else x.answer.answered) - x.lease.since
+    gateway = now - x.received - queue - upstream
+    if x.answer is not None and x.answer.is_stream:
         return b"upstream;dur=%.3f" % (upstream * 1000)
     return b"gateway;dur=%.3f, queue;dur=%.3f, upstream;dur=%.3f" % (gateway * 1000, queue * 1000, upstream * 1000)
 

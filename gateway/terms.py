@@ -75,7 +75,8 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
         raise Forbidden("the team of this key is not in the policies any more")
     if not may_use(principal, team, model):
         whose = "team" if not team.may_use(model) else "key"
-        raise Forbidden(f"this {whose} may not use the model {request.asked_model}", param="model")
+        what = request.asked_model if request.asked_model.startswith("/") else f"the model {request.asked_model}"
+        raise Forbidden(f"this {whose} may not use {what}", param="model")
     output = request.output_bound if snapshot.gateway.reserve == "max" else 0
     user = request.user if request.user is not None else principal.user
     if user is not None and len(user) > _LONGEST_NAME:

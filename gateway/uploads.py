@@ -229,7 +229,7 @@ async def read_form(scope: Scope, receive: Receive, at_most: int) -> Form:
     if coming.ended:
         scanner.close()
     if scanner.model is None:
-        raise Invalid([Problem(("model",), "is missing, expected a string", "missing")])
+        raise Invalid([Problem(("model",), "model: is missing, expected a string", "missing")])
     return Form(coming, scanner, head, scanner.model)
 
 

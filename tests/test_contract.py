@@ -775,6 +775,41 @@ def test_chat_tells_what_it_knows(members: dict[str, Any], expected: list[str]) 
     assert told(members, "chat/completions") == expected
 
 
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (
+            {"max_tokens": -1, "max_completion_tokens": 4},
+            [
+                "max_tokens: found -1, expected an integer of at least 0 or null",
+                "max_completion_tokens: cannot be specified together with max_tokens",
+            ],
+        ),
+        (
+            {"speculation": "a", "prediction": 5},
+            [
+                "prediction: found 5, expected a string, a predicted output or null",
+                "prediction: cannot be specified together with speculation",
+            ],
+        ),
+        ({"max_tokens": None, "max_completion_tokens": 4}, []),
+    ],
+)
+def test_what_excludes_another_is_told_in_the_round_in_which_it_is_wrong(
+    members: dict[str, Any], expected: list[str]
+) -> None:
+    assert told(members) == expected
+
+
+def test_each_bias_that_is_wrong_is_told_by_its_token() -> None:
+    assert told({"logit_bias": {"1": 101, "2": "SECRET", "3": None, "4": 1}}) == [
+        "logit_bias.1: found 101, expected a number from -100 to 100",
+        "logit_bias.2: found a string, expected a number from -100 to 100",
+        "logit_bias.3: found null, expected a number from -100 to 100",
+    ]
+    assert len(told({"logit_bias": dict.fromkeys(map(str, range(100)), 101)})) == 20
+
+
 def test_lenient_lets_unknown_members_pass_and_nothing_else() -> None:
     assert told({"promptCacheKey": "k", "best_of": 2}, strict=False) == []
     assert told({"temperature": 3, "thinking": {"type": "disabled", "x": 1}}, strict=False) == [

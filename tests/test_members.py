@@ -55,7 +55,10 @@ def test_members_are_those_of_the_object_in_their_order(body: dict[str, Any], as
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b"", "no JSON object: Input data was truncated"),
+        (b"", "no JSON object: it is empty"),
+        (b'{"a":"\\ud800 x"}', "no JSON object: half of a surrogate pair at its end"),
+        (b'{"a":"\\ud83d', "no JSON object: half of a surrogate pair at its end"),
+        (b'{"a":"\\ud83d\\ude00"', "no JSON object: Input data was truncated"),
         (b"{", "no JSON object"),
         (b"[]", "no JSON object: Expected `object`, got `array`"),
         (b"null", "no JSON object"),

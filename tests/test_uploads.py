@@ -403,7 +403,7 @@ async def test_a_form_without_a_model_is_told_as_any_request_without_one(parts: 
     with pytest.raises(Invalid) as caught:
         await read(form(*parts))
     (problem,) = caught.value.problems
-    assert (problem.path, problem.msg, problem.type) == ("model", "is missing, expected a string", "missing")
+    assert (problem.path, problem.msg, problem.type) == ("model", "model: is missing, expected a string", "missing")
 
 
 @pytest.mark.parametrize(

@@ -593,12 +593,14 @@ async def test_a_route_is_closed_to_teams_and_keys_that_do_not_name_it(store_url
     ):
         async with house.client(await house.key()) as client:
             found = [(await client.post("/v1/moderations", json={})).status_code]
-            found.append((await client.get("/v1/files/f")).status_code)
+            refused = await client.get("/v1/files/f")
+            found.append(refused.status_code)
         async with house.client(await house.key(models=(MODEL,))) as client:
             found.append((await client.post("/v1/moderations", json={})).status_code)
         async with house.client() as client:
             found.append((await client.post("/v1/moderations", json={})).status_code)
     assert found == [200, 403, 403, 401]
+    assert refused.json()["error"]["message"] == "this team may not use /v1/files/*"
 
 
 # — where the time went
@@ -624,6 +626,21 @@ async def test_an_answer_says_where_its_time_went_where_policy_wants_it(store_ur
     else:
         assert told == (None, None)
     assert whole.headers["fireworks-prompt-tokens"] == "3"
+
+
+async def test_a_refusal_says_where_its_time_went_as_far_as_it_came(store_url: str) -> None:
+    number = r";dur=\d+\.\d{3}"
+    async with (
+        Backend(forever(Peer.request, Peer.reset)) as backend,
+        gateway(store_url, documents([backend.url], gateway={"perf_headers": True})) as house,
+    ):
+        async with house.client(await house.key()) as client:
+            body = {"model": MODEL, "prompt": "x"}
+            answers = [await client.post("/v1/completions", json=given) for given in ({**body, "n": 0}, body)]
+    assert [answer.status_code for answer in answers] == [422, 502]
+    told = [answer.headers["server-timing"] for answer in answers]
+    assert re.fullmatch(f"gateway{number}", told[0])
+    assert re.fullmatch(f"gateway{number}, queue{number}, upstream{number}", told[1])
 
 
 async def test_a_credential_is_shown_as_the_backend_wants_it(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
