@@ -23,7 +23,7 @@ import structlog
 from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
 from gateway.snapshot import Limit, windows_around
 from gateway.standings import Standing, refusal
-from gateway.store import Arg, Coalesced, Item, Script, Store, StoreAway
+from gateway.store import Arg, Coalesced, Item, Script, Store, StoreAway, leaving
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord
 
@@ -168,7 +168,7 @@ class Admission:
     async def keep_up(self) -> None:
         """Renew the seats of live requests, and send again what was not acknowledged, for ever."""
         renewed = time.monotonic()
-        while True:
+        while not leaving():
             await asyncio.sleep(_SETTLE_AGAIN)
             if self._late and not self._store.away:
                 late, self._late = self._late, set()

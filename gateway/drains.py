@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gateway.errors import StoreUnavailable
-from gateway.store import Failures, Store
+from gateway.store import Failures, Store, leaving
 
 _DRAINED = "{gateway}:drained"
 _EVERY = 1.0  # seconds
@@ -33,7 +33,7 @@ async def resume(store: Store, upstream: str) -> None:
 
 async def follow(store: Store, take: Callable[[frozenset[str]], None]) -> None:
     """Tell which ones there are, for ever. While the store is away, what was told last holds."""
-    while True:
+    while not leaving():
         with suppress(*Failures, StoreUnavailable):
             take(await drained(store))
         await asyncio.sleep(_EVERY)

@@ -16,14 +16,14 @@ import msgspec
 
 from gateway.errors import StoreUnavailable, Unauthenticated
 from gateway.identity import REFUSED, Principal, credential, hash_key, key_id_of, new_key
-from gateway.store import Failures, Store, StoreError
+from gateway.store import Failures, Store, StoreError, leaving
 
 _RECORDS = "{gateway}:keys"
 _CHANGES = "{gateway}:key-changes"
 _PEPPER = "{gateway}:pepper"
 # Changes that a worker may miss while it is cut off; it reads everything anew when it comes back.
 _CHANGES_KEPT = 10_000
-_NEWS_MS = 5_000
+_NEWS_MS = 1_000  # and so the most that a stop may take whose cancellation is lost, see store.leaving
 _RETRY_SECONDS = 0.2
 
 
@@ -114,7 +114,7 @@ class KeyRing:
 
     async def follow(self) -> None:
         """Take over every change as it is made, for ever; what was missed is read anew."""
-        while True:
+        while not leaving():
             try:
                 if not self.loaded:
                     await self.load()

@@ -187,6 +187,23 @@ async def test_a_change_that_cannot_be_read_does_not_end_the_following(store_url
         assert known(other, before) is not None
 
 
+async def test_whoever_follows_can_be_stopped_at_any_moment(store_url: str) -> None:
+    """redis-py may swallow a cancellation that comes together with news."""
+    for _ in range(20):
+        store = Store(store_url, deadline=5)
+        keys = KeyRing(store, PEPPER)
+        follower = asyncio.ensure_future(keys.follow())
+        await create(keys)
+        with redis.Redis.from_url(store_url) as client:
+            client.xadd("{gateway}:key-changes", {"record": "no record"})
+        await create(keys)
+        await asyncio.sleep(0)
+        follower.cancel()
+        done, _ = await asyncio.wait({follower}, timeout=5)
+        assert done
+        await store.aclose()
+
+
 async def test_who_was_known_stays_known_when_the_store_forgets_everything(store_url: str) -> None:
     async with ring(store_url) as one, ring(store_url, follows=True) as other:
         _, key = await create(one)
