@@ -24,18 +24,15 @@ from starlette.routing import Route
 
 from gateway import drains, reload, snapshot
 from gateway.admission import Admission
-from gateway.asgi import Receive, Scope, Send, refuse
+from gateway.asgi import Receive, Scope, Send, refuse, shape_of
 from gateway.endpoints import ENDPOINTS, PREFIXES, Endpoint
 from gateway.errors import (
     BadRequest,
-    Dialect,
     GatewayError,
     InternalError,
     MethodNotAllowed,
     NotFound,
-    Shape,
     StoreUnavailable,
-    shape_for,
 )
 from gateway.hops import pseudonym
 from gateway.keys import KeyRing
@@ -191,12 +188,8 @@ def _not_for(method: str, allowed: Iterable[str]) -> MethodNotAllowed:
 
 async def _refuse(scope: Scope, send: Send, error: GatewayError, endpoint: Endpoint | None = None) -> None:
     """Refuse what never became an exchange; its body is not read."""
-    shape = _shape(scope, "openai" if endpoint is None else endpoint.dialect)
+    shape = shape_of(scope, "openai" if endpoint is None else endpoint.dialect)
     await refuse(send, error, shape=shape, close=scope["method"] != "GET")
-
-
-def _shape(scope: Scope, dialect: Dialect) -> Shape:
-    return shape_for(dialect, (value for name, value in scope["headers"] if name == b"accept"))
 
 
 def _nowhere(raw_path: bytes) -> GatewayError:
@@ -221,7 +214,7 @@ async def _refused(request: Request, error: Exception) -> Response:
         else:
             error = NotFound(_NO_PATH)
     assert isinstance(error, GatewayError)
-    status, headers, body = error.render(_shape(request.scope, "openai"))
+    status, headers, body = error.render(shape_of(request.scope, "openai"))
     response = Response(body, status)
     response.raw_headers.extend(headers)
     return response

@@ -11,7 +11,7 @@ from email.utils import formatdate
 from types import TracebackType
 from typing import Any
 
-from gateway.errors import ClientGone, GatewayError, Shape, TooLarge
+from gateway.errors import ClientGone, Dialect, GatewayError, Shape, TooLarge, shape_for
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -77,12 +77,25 @@ def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
     return None
 
 
+def announced_length(headers: RawHeaders, at_most: int) -> int | None:
+    """The length that a body's caller announces, or None. Raises TooLarge over `at_most` bytes."""
+    announced = header(headers, b"content-length")
+    if announced is None or not announced.isdigit():
+        return None
+    length = int(announced[:20])  # int() refuses thousands of digits; twenty are too many already
+    if length > at_most:
+        raise TooLarge(f"the body has {length} bytes, at most {at_most} are read")
+    return length
+
+
+def shape_of(scope: Scope, dialect: Dialect) -> Shape:
+    """The shape in which a request's caller reads errors, by its Accept or else by its endpoint's dialect."""
+    return shape_for(dialect, (value for name, value in scope["headers"] if name == b"accept"))
+
+
 async def read_body(scope: Scope, receive: Receive, at_most: int) -> bytes:
     """The whole request body. Raises TooLarge over `at_most` bytes, before reading them where the caller says so."""
-    announced = header(scope["headers"], b"content-length")
-    # int() refuses thousands of digits; twenty are too many already.
-    if announced is not None and announced.isdigit() and int(announced[:20]) > at_most:
-        raise TooLarge(f"the body has {int(announced[:20])} bytes, at most {at_most} are read")
+    announced_length(scope["headers"], at_most)
     message = await receive()
     body: bytes = message.get("body", b"")
     if message["type"] == "http.request" and not message.get("more_body", False) and len(body) <= at_most:

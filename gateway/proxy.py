@@ -21,10 +21,11 @@ from gateway.asgi import (
     header,
     read_body,
     refuse,
+    shape_of,
     until_hang_up,
 )
 from gateway.endpoints import Endpoint
-from gateway.errors import BadRequest, ClientGone, GatewayError, InternalError, UpstreamFailed, shape_for
+from gateway.errors import BadRequest, ClientGone, GatewayError, InternalError, UpstreamFailed
 from gateway.exchange import Exchange
 from gateway.hops import Way
 from gateway.keys import KeyRing
@@ -206,7 +207,7 @@ async def tell(x: Exchange, error: GatewayError, send: Send) -> None:
 
 async def say(x: Exchange, error: GatewayError, scope: Scope, send: Send, *, close: bool) -> None:
     """Answer with an error, in the words that the caller understands."""
-    shape = shape_for(x.dialect, (value for name, value in scope["headers"] if name == b"accept"))
+    shape = shape_of(scope, x.dialect)
     headers = [*_names(x), (b"server-timing", _timing(x))] if x.timed else _names(x)
     await refuse(send, error, shape=shape, called=x.called.decode(), headers=headers, close=close)
 

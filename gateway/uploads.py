@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
-from gateway.asgi import Message, RawHeaders, Receive, Scope, header
+from gateway.asgi import Message, RawHeaders, Receive, Scope, announced_length, header
 from gateway.errors import BadRequest, ClientGone, Invalid, Problem, TooLarge
 
 _PIECE = 64 * 1024  # bytes of a piece that is replayed, and of a form's head that are held in memory
@@ -47,11 +47,9 @@ class _Coming:
     """A body as it comes. `length` is None where the caller sends chunks; `over`: nobody passes it on any more."""
 
     def __init__(self, scope: Scope, receive: Receive, at_most: int) -> None:
-        announced = header(scope["headers"], b"content-length")  # the server has refused what is no number
-        chunked = header(scope["headers"], b"transfer-encoding") is not None
-        self.length = int(announced[:20]) if announced is not None else None if chunked else 0
-        if self.length is not None and self.length > at_most:
-            raise TooLarge(f"the body has {self.length} bytes, at most {at_most} are read")
+        self.length = announced_length(scope["headers"], at_most)
+        if self.length is None and header(scope["headers"], b"transfer-encoding") is None:
+            self.length = 0
         self.ended = self.length == 0
         self.over = asyncio.Event()
         if self.ended:
