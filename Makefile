@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench prove-streams prove-contract docs lock clean
+.PHONY: help run install test check format bench bench-limits prove-streams prove-contract prove-limits docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -32,11 +32,19 @@ format: $(VENV)/.dev ## what ruff can mend by itself
 bench: $(VENV)/.dev ## CPU per request and per event, beside nginx in the same run
 	$(BIN)/python -m tests.bench $(ARGS)
 
+bench-limits: $(VENV)/.dev ## a team at 100 times its limit beside another one; a refusal beside an admission
+	$(BIN)/python -m tests.bench.limits $(ARGS)
+
 prove-streams: $(VENV)/.dev ## 10,000 random streams byte for byte, 10,000 cut ones that never look complete
 	$(BIN)/python -m tests.proving.streams --streams 10000 $(ARGS)
 
 prove-contract: $(VENV)/.dev ## the whole API by schemathesis: 500 examples of each operation, good and bad
 	CONTRACT_EXAMPLES=500 $(BIN)/python -m pytest tests/test_openapi.py -k reaches --timeout 3600 $(ARGS)
+
+prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 workers, the scenes of the README, the exact model
+	$(BIN)/python -m tests.proving.race --seeds 20
+	$(BIN)/python -m tests.proving.scenes
+	MACHINE_EXAMPLES=10000 $(BIN)/python -m pytest -n 2 tests/test_scripts.py -k model --timeout 3600 $(ARGS)
 
 docs: $(VENV)/.dev ## write the generated tables of README.md and policies/
 	$(BIN)/python -m tests.docs --write

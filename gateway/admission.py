@@ -1,40 +1,49 @@
 """Admission: every limit of a request or none, in one trip; and one trip to give back what was not used.
 
 A Lease is an admitted request. It ends exactly once, however the block around it is left, and its end is settled
-before whoever waits for it goes on. What cannot be settled now is kept and sent again until it is: the scripts know a
-request by its id, so that sending twice counts once.
+before whoever waits for it goes on: settlements.py. While the store is away each worker enforces its share of the
+limits, by what the store last said: shares.py. What was served so is settled when the store is back.
+
+A worker is told two things with a refusal: when the request would fit by time alone, and when it would fit at the
+soonest, if nothing of what others hold were used. Before the latter nobody else who asks as much is worth a trip.
+Between the two, what is learned of how long requests hold what they reserve says when to come back: returns.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Protocol
-from zoneinfo import ZoneInfo
+from typing import NamedTuple, Protocol
 
 import msgspec
 import redis.exceptions
 import structlog
 
+from gateway.counts import UNKNOWN_WINDOW, Words, corrected, running_window, taken
 from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
-from gateway.snapshot import Limit, windows_around
-from gateway.standings import Standing, refusal
-from gateway.store import Arg, Coalesced, Item, Script, Store, StoreAway, leaving
+from gateway.returns import Returns
+from gateway.settlements import End, Reached, Settlements
+from gateway.shares import Shares
+from gateway.snapshot import Limit
+from gateway.standings import DEGRADED, Standing, refusal
+from gateway.store import Arg, Coalesced, Script, Store, StoreAway, leaving
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord
 
-# A seat outlives its worker by so much; a live one is renewed three times in it.
+# A seat outlives its worker by so much; a live one is renewed three times in it. So does a worker's share.
 SEAT_LEASE = 15.0
 _RENEW_EVERY = SEAT_LEASE / 3
 # Longer than any answer may take: a reservation that is never settled ends by itself.
 _RESERVATION = 86_400.0
-# How long a given-up id is remembered: an admission that is still on its way arrives far sooner.
-_MARK = 60.0
 _SETTLE_AGAIN = 0.2
+_SHUT = 1.0  # the most that a refusal is repeated without asking: an operator may have changed a count by hand
+_MOST_SHUT = 10_000
+
+_WORKERS = "{gateway}:workers"
 
 _log = structlog.get_logger("gateway.admission")
 
@@ -58,7 +67,7 @@ class Admissible(Protocol):
 class Lease:
     """An admitted request, and where its caller stands."""
 
-    __slots__ = ("_admission", "asked", "id", "request", "since", "standings", "terms")
+    __slots__ = ("_admission", "asked", "degraded", "id", "request", "since", "standings", "terms")
 
     def __init__(self, admission: Admission, request: Admissible) -> None:
         self._admission = admission
@@ -67,6 +76,7 @@ class Lease:
         self.terms = request.terms
         self.standings: tuple[Standing, ...] = ()
         self.asked = self.since = 0.0  # when it was asked for, and given, in time.monotonic()
+        self.degraded = False  # whether it was given without the store
 
     async def __aenter__(self) -> Lease:
         self.asked = time.monotonic()
@@ -80,174 +90,273 @@ class Lease:
         await self._admission.settle(self)
 
 
-class Admission:
-    """All that is decided in the store. One for each worker."""
+class _Shut(NamedTuple):
+    """A limit that has refused: whoever asks as much or more until then (in time.monotonic()) is refused as well."""
 
-    def __init__(self, store: Store) -> None:
+    standing: Standing
+    until: float
+    told: float  # when the wait that was told is over
+
+
+class Admission:
+    """All that is decided in the store. One for each worker. `reached` is told of thresholds, see Settlements."""
+
+    def __init__(self, store: Store, reached: Reached) -> None:
         self._store = store
+        self._reached = reached
         self._admit = Coalesced(store, Script("admit"), (int(SEAT_LEASE * 1000), int(_RESERVATION * 1000)))
-        self._settle = Coalesced(store, Script("settle"), (int(_MARK * 1000),))
-        self._renew = Script("renew")
+        self._settlements = Settlements(store, reached)
+        self._renew, self._beat = Script("renew"), Script("beat")
+        self._worker = os.urandom(8).hex()
         self._live: dict[str, Lease] = {}
-        self._unsettled: dict[str, Item] = {}
-        self._late: set[str] = set()  # of these, whom the store did not answer: keep_up() sends them again
+        self._seats: Counter[str] = Counter()  # that live requests have from the store, by the key of the count
+        self._returns = Returns()
+        self._shares = Shares()
+        self._told = [0, 0]  # how many workers there are, and which of them this one is
+        self._shut: dict[str, _Shut] = {}
 
     def __repr__(self) -> str:
-        return f"<Admission {len(self._live)} live, {len(self._unsettled)} not settled yet>"
+        return f"<Admission {len(self._live)} live, {len(self._settlements)} not settled yet>"
 
     @property
     def unsettled(self) -> int:
         """How many ended requests the store has not acknowledged."""
-        return len(self._unsettled)
+        return len(self._settlements)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way, and every one that has ended is settled."""
+        return not self._live and not self._settlements
 
     def admit(self, request: Admissible) -> Lease:
         """The lease of a request, to be entered. Entering raises RateLimited, QuotaExhausted or StoreUnavailable."""
         return Lease(self, request)
 
+    async def look(self, organisation: str, charges: Sequence[Charge]) -> tuple[Standing, ...]:
+        """Where these counts stand; nothing is taken. Raises StoreUnavailable."""
+        keys = [_reservation(organisation, ""), *(charge.key for charge in charges)]
+        _, _, _, _, *rows = await self._admit((keys, ("", "", [taken(charge) for charge in charges])))
+        return _standings(charges, rows)
+
     async def take(self, lease: Lease) -> tuple[Standing, ...]:
         """Take every limit of a lease, or none."""
         terms = lease.terms
-        keys = [_reservation(terms, lease.id), *(charge.key for charge in terms.charges)]
-        limits = [_KINDS[charge.limit.kind](charge) for charge in terms.charges]
+        if self._settlements.full:
+            raise StoreUnavailable("too many ended requests wait for the store of keys and limits", retry_after=1)
+        if self._shut:
+            self._refuse_again(lease)
+        keys = [_reservation(terms.organisation, lease.id), *(charge.key for charge in terms.charges)]
         try:
-            verdict, binding, wait, *rows = await self._admit((keys, (lease.id, _intent(lease), limits)))
-        except StoreAway:
-            raise  # nothing was sent
-        except (StoreUnavailable, asyncio.CancelledError):
-            # It may have been taken all the same: give it up, whichever comes first.
-            self._give_up(lease)
+            answer = await self._admit((keys, (lease.id, _intent(lease), [taken(charge) for charge in terms.charges])))
+        except StoreUnavailable as away:
+            return self._take_share(lease, away)
+        except asyncio.CancelledError:
+            self._give_up(lease)  # it may have been taken all the same
             raise
         except redis.exceptions.ResponseError as refusal:
             raise InternalError("the store refused the admission script") from refusal
-        standings = tuple(map(Standing, terms.charges, rows[0::3], [reset / 1e6 for reset in rows[1::3]], rows[2::3]))
-        if verdict not in (_ADMITTED, _REPEATED):
-            raise _refusal(verdict, standings, binding - 1, wait / 1e6, lease.request.dialect)
+        verdict, binding, wait, soonest, *rows = answer
+        standings = _standings(terms.charges, rows)
         lease.since = time.monotonic()
-        self._live[lease.id] = lease
+        self._shares.saw(standings, lease.since)
+        if verdict not in (_ADMITTED, _REPEATED):
+            raise self._refusal(lease, verdict, standings, binding - 1, wait / 1e6, soonest / 1e6)
+        self._begin(lease, standings, rows[4::5])
         return standings
+
+    def _begin(self, lease: Lease, standings: tuple[Standing, ...], flags: Iterable[int]) -> None:
+        self._live[lease.id] = lease
+        for standing, flag in zip(standings, flags, strict=True):
+            charge = standing.charge
+            if flag > 1:
+                used = charge.limit.capacity - standing.remaining
+                self._reached(lease.terms.organisation, charge, flag >> 1, used, standing.window)
+            if not standing.over and (charge.limit.holds or charge.limit.kind == "seats"):
+                self._returns.take(charge.key, lease.id, charge.amount, lease.since)
+                if charge.limit.kind == "seats":
+                    self._seats[charge.key] += 1
+
+    # — refusals
+
+    def _refusal(
+        self, lease: Lease, verdict: int, standings: tuple[Standing, ...], binding: int, wait: float, soonest: float
+    ) -> GatewayError:
+        if verdict == _GIVEN_UP:
+            return StoreUnavailable("the store of keys and limits answered too late", retry_after=1)
+        standing = standings[binding]
+        charge, now = standing.charge, lease.since
+        if verdict == _FOREIGN:
+            _log.error("foreign_count", limit=charge.limit.name, count=charge.key)
+            return InternalError(
+                f"the count of the limit {charge.limit.name} cannot be read: its key holds something else"
+            )
+        told = wait
+        if charge.limit.kind == "seats" or soonest < wait:
+            told = max(soonest, self._until_returned(standing, now))
+            told = told if charge.limit.kind == "seats" else min(wait, told)
+        if soonest > 0:
+            self._shut_for(standing, now, min(soonest, _SHUT), told)
+        return refusal(standings, standing, told, lease.request.dialect, held_back=soonest == 0)
+
+    def _until_returned(self, standing: Standing, now: float) -> float:
+        """When enough of what others hold has come back, by what this worker has learned of its own."""
+        charge, limit = standing.charge, standing.charge.limit
+        held = limit.capacity if limit.kind == "seats" else standing.held
+        refill = limit.amount / limit.period * 1e6 if limit.kind == "rate" else 0.0
+        over = charge.amount - standing.remaining
+        returns = self._returns.wait(charge.key, over, now, held=held, refill=refill)
+        return _POLITE if returns is None else returns
+
+    def _shut_for(self, standing: Standing, now: float, shut: float, told: float) -> None:
+        if len(self._shut) >= _MOST_SHUT:
+            self._shut = {key: one for key, one in self._shut.items() if one.until > now}
+        if len(self._shut) < _MOST_SHUT:
+            self._shut[standing.charge.key] = _Shut(standing, now + shut, now + told)
+
+    def _refuse_again(self, lease: Lease) -> None:
+        """Refuse what was refused a moment ago and cannot have changed: time alone opens that limit."""
+        for charge in lease.terms.charges:
+            shut = self._shut.get(charge.key)
+            if shut is None:
+                continue
+            standing, now = shut.standing, lease.asked
+            if now >= shut.until or standing.charge.limit is not charge.limit:
+                del self._shut[charge.key]
+            elif charge.amount >= standing.charge.amount and not charge.limit.shadow:
+                raise refusal((standing,), standing, shut.told - now, lease.request.dialect)
+
+    # — without the store
+
+    def _take_share(self, lease: Lease, away: StoreUnavailable) -> tuple[Standing, ...]:
+        """The same by what this worker may give while the store is away."""
+        terms, now = lease.terms, time.monotonic()
+        refused: GatewayError = away
+        sent = not isinstance(away, StoreAway)  # it may have been taken all the same
+        if not terms.closed:
+            standings, refusing, wait = self._shares.admit(lease.id, terms.charges, self._seats, now)
+            if refusing is None:
+                lease.since, lease.degraded = now, True
+                self._live[lease.id] = lease
+                return standings
+            refused = refusal(standings, refusing, wait or _POLITE, lease.request.dialect)
+        if sent:
+            self._give_up(lease)
+        refused.extra_headers = [*refused.extra_headers, DEGRADED]
+        raise refused from (None if refused is away else away)
+
+    # — the end
 
     async def settle(self, lease: Lease) -> None:
         """Give back what was not used and write the row; returns when the store has, or cannot now."""
         del self._live[lease.id]
-        item = _settlement(lease)
-        self._unsettled[lease.id] = item
-        answer = self._settle(item)
-        cancelled = False
-        while not answer.done():
-            try:
-                with suppress(Exception):  # told below
-                    await asyncio.shield(answer)
-            except asyncio.CancelledError:  # the caller leaves; the settlement is still waited for, its time is bounded
-                cancelled = True
-        if not self._acknowledged(lease.id, answer):
-            _log.warning("settle_later", request_id=lease.id, reason=repr(answer.exception() or "the ledger's key"))
-        elif answer.result() == _ABSENT:  # the store has lost the reservation, and so the row is in the log only
-            _log.error("reservation_lost", request_id=lease.id)
-        if cancelled:
+        used = [0 if standing.over else lease.request.used(standing.charge.limit) for standing in lease.standings]
+        now = time.monotonic()
+        end = _settlement(lease, used)
+        if lease.degraded:
+            self._shares.settle(lease.id, lease.terms.charges, used, now)
+            self._settlements.later(end)
+            return
+        for standing, amount in zip(lease.standings, used, strict=True):
+            charge = standing.charge
+            if not standing.over and (charge.limit.holds or charge.limit.kind == "seats"):
+                self._returns.give(charge.key, lease.id, amount, now)
+                if charge.limit.kind == "seats":
+                    self._seats[charge.key] -= 1
+                    if not self._seats[charge.key]:
+                        del self._seats[charge.key]
+        if self._store.away:
+            self._settlements.later(end)
+            self._shares.settle(lease.id, lease.terms.charges, used, now)
+        elif await _shielded(self._settlements.send(end), self._store.deadline, lease.since - lease.asked):
             raise asyncio.CancelledError
 
     def _give_up(self, lease: Lease) -> None:
-        corrections = [_correction(charge, _UNKNOWN_WINDOW, -charge.amount) for charge in lease.terms.charges]
-        self._unsettled[lease.id] = _end(lease, "", "", (), corrections)
-        self._store.spawn(self._send_again(lease.id))
-
-    async def _send_again(self, request_id: str) -> None:
-        answer = self._settle(self._unsettled[request_id])
-        await asyncio.wait((answer,))
-        self._acknowledged(request_id, answer)
-
-    def _acknowledged(self, request_id: str, answer: asyncio.Future[int]) -> bool:
-        """Whether the store has done what it was told, or had before; if not, keep_up() tells it again."""
-        done = answer.exception() is None and answer.result() != _UNWRITTEN
-        if done:
-            self._unsettled.pop(request_id, None)
-        elif request_id in self._unsettled:
-            self._late.add(request_id)
-        return done
-
-    async def keep_up(self) -> None:
-        """Renew the seats of live requests, and send again what was not acknowledged, for ever."""
-        renewed = time.monotonic()
-        while not leaving():
-            await asyncio.sleep(_SETTLE_AGAIN)
-            if self._late and not self._store.away:
-                late, self._late = self._late, set()
-                await asyncio.gather(*map(self._send_again, late))
-            if time.monotonic() - renewed >= _RENEW_EVERY:
-                renewed = time.monotonic()
-                await self._renew_seats(renewed)
-
-    async def _renew_seats(self, now: float) -> None:
-        keys: list[str] = []
-        ids: list[Arg] = []
-        for lease in list(self._live.values()):
-            if now - lease.since < _RENEW_EVERY:
-                continue
-            for charge in lease.terms.charges:
-                if charge.limit.kind == "seats":
-                    keys += (charge.key, _reservation(lease.terms, lease.id))
-                    ids.append(lease.id)
-        for start in range(0, len(ids), 500):
-            some = ids[start : start + 500]
-            try:
-                kept = await self._store.run(
-                    self._renew, keys[2 * start : 2 * (start + 500)], [int(SEAT_LEASE * 1000), *some]
-                )
-            except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
-                _log.warning("seats_not_renewed", seats=len(some), reason=type(failure).__name__)
-                return
-            lapsed = sum(answer == 0 for answer in kept)
-            if lapsed:
-                _log.warning("seats_lapsed", seats=lapsed)
+        charges = [(charge, UNKNOWN_WINDOW) for charge in lease.terms.charges if not charge.limit.shadow]
+        words = [corrected(charge, 0, UNKNOWN_WINDOW) for charge, _ in charges]
+        self._settlements.send(_end(lease, charges, words, "", "", ()), again=True)
 
     async def finish(self) -> None:
-        """Settle what is left, as far as the store lets; says how much it did not."""
-        await asyncio.gather(*map(self._send_again, list(self._unsettled)))
-        if self._unsettled:
-            _log.error("not_settled", requests=len(self._unsettled))
+        """Settle what is left, as far as the store lets."""
+        await self._settlements.finish()
+
+    # — what goes on beside
+
+    async def keep_up(self) -> None:
+        """Renew the seats of live requests and this worker's place among all, and send again what was not acknowledged,
+        for ever."""
+        renewed = 0.0
+        while not leaving():
+            if not self._store.away:
+                await self._settlements.catch_up()
+            now = time.monotonic()
+            if now - renewed >= _RENEW_EVERY and not self._store.away:
+                renewed = now
+                await self._stay(now)
+            await asyncio.sleep(_SETTLE_AGAIN)
+
+    async def _stay(self, now: float) -> None:
+        try:
+            told = await self._store.run(self._beat, [_WORKERS], [self._worker, int(SEAT_LEASE * 1000)])
+            # After an absence the first one to come back sees nobody else yet.
+            self._shares.workers, self._shares.rank = max(told, self._told)
+            self._told = told
+            await self._renew_seats(now)
+        except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
+            _log.warning("seats_not_renewed", live=len(self._live), reason=type(failure).__name__)
+
+    async def _renew_seats(self, now: float) -> None:
+        held: dict[int, list[tuple[str, Lease]]] = {}
+        for lease in self._live.values():
+            if not lease.degraded and now - lease.since >= _RENEW_EVERY:
+                batch = held.setdefault(self._store.slot(_reservation(lease.terms.organisation, "")), [])
+                charges = (s.charge for s in lease.standings if s.charge.limit.kind == "seats" and not s.over)
+                batch += ((charge.key, lease) for charge in charges)
+        lapsed = 0
+        for batch in held.values():
+            for start in range(0, len(batch), 500):
+                some = batch[start : start + 500]
+                keys = [k for key, lease in some for k in (key, _reservation(lease.terms.organisation, lease.id))]
+                ids: list[Arg] = [lease.id for _, lease in some]
+                kept = await self._store.run(self._renew, keys, [int(SEAT_LEASE * 1000), *ids])
+                lapsed += sum(answer == 0 for answer in kept)
+        if lapsed:
+            _log.warning("seats_lapsed", seats=lapsed)
 
 
-# — the words of the scripts, see lua/
-
-Words = tuple[str | int, ...]
-
-
-def _rate(charge: Charge) -> Words:
-    limit = charge.limit
-    return ("r", charge.amount, limit.capacity, limit.amount, limit.period)
-
-
-def _quota(charge: Charge) -> Words:
-    limit = charge.limit
-    assert limit.zone is not None
-    return ("q", charge.amount, limit.capacity, *_windows(limit.window, limit.zone))
-
-
-def _seats(charge: Charge) -> Words:
-    return ("s", charge.amount, charge.limit.capacity)
-
-
-_KINDS: Mapping[str, Callable[[Charge], Words]] = {"rate": _rate, "quota": _quota, "seats": _seats}
+_POLITE = 1.0  # seconds that a caller is told where nobody knows when it is worth asking again
 
 _ADMITTED, _REPEATED, _GIVEN_UP, _FOREIGN = 1, 2, 3, 4
-_ABSENT, _UNWRITTEN = 0, -1
-_UNKNOWN_WINDOW = 0  # of an admission that was never answered
-
-_calendar: dict[tuple[str, str], tuple[int, ...]] = {}
 
 
-def _windows(window: str, zone: ZoneInfo) -> tuple[int, ...]:
-    """Four window starts around now, seconds since 1970; computed anew when the window is over."""
-    now = time.time()
-    starts = _calendar.get((window, zone.key))
-    if starts is None or not starts[1] <= now < starts[2]:
-        starts = tuple(int(at.timestamp()) for at in windows_around(window, zone, datetime.fromtimestamp(now, UTC)))
-        _calendar[window, zone.key] = starts
-    return starts
+async def _shielded(answer: asyncio.Future[list[int]], deadline: float, waited: float) -> bool:
+    """Wait for an answer whatever happens, as long as the deadline of its request lets. Returns whether the caller has
+    left meanwhile. The store's own deadline bounds an answer; only who has waited before has less time than that."""
+    cancelled = False
+    ends = asyncio.get_running_loop().time() + deadline - waited if waited > deadline / 10 else None
+    while not answer.done():
+        left = None if ends is None else ends - asyncio.get_running_loop().time()
+        if left is not None and left <= 0:
+            break
+        try:
+            if left is None:
+                await asyncio.shield(answer)
+            else:
+                await asyncio.wait((answer,), timeout=left)
+        except asyncio.CancelledError:
+            cancelled = True
+        except Exception:
+            break  # it is looked at by Settlements
+    return cancelled
 
 
-def _reservation(terms: Terms, request_id: str) -> str:
-    return f"{{{terms.organisation}}}:request:{request_id}"
+def _standings(charges: Sequence[Charge], rows: Sequence[int]) -> tuple[Standing, ...]:
+    """What a script says of each limit: remaining, reset µs, window, held, flags."""
+    resets, over = [reset / 1e6 for reset in rows[1::5]], [flags & 1 == 1 for flags in rows[4::5]]
+    return tuple(map(Standing, charges, rows[0::5], resets, rows[2::5], rows[3::5], over))
+
+
+def _reservation(organisation: str, request_id: str) -> str:
+    return f"{{{organisation}}}:request:{request_id}"
 
 
 def _intent(lease: Lease) -> str:
@@ -258,38 +367,36 @@ def _intent(lease: Lease) -> str:
     return msgspec.json.encode(intent).decode()
 
 
-def _correction(charge: Charge, window: int, difference: int) -> tuple[str, Words]:
-    match charge.limit.kind:
-        case "rate":
-            return charge.key, ("r", difference, charge.limit.amount, charge.limit.period)
-        case "quota":
-            return charge.key, ("q", difference, window)
-        case "seats":
-            return charge.key, ("s",)
-
-
 def _counters(record: UsageRecord) -> Words:
     """What the hourly sums grow by, in the order of settle.lua."""
     answered = 0 if record.source == "none" else 1
     return (answered, record.input_tokens, record.cached_tokens, record.output_tokens, record.cost_microusd)
 
 
-def _settlement(lease: Lease) -> Item:
-    """What ends a lease: its row, what the sums grow by, and every limit by (used - reserved)."""
+def _settlement(lease: Lease, used: Sequence[int]) -> End:
+    """What ends a lease: its row, what the sums grow by, and what becomes of every charge."""
     record = lease.request.record()
-    corrections = []
-    for standing in lease.standings:
-        charge = standing.charge
-        difference = lease.request.used(charge.limit) - charge.amount
-        if difference:
-            corrections.append(_correction(charge, standing.window, difference))
-    return _end(lease, msgspec.json.encode(record).decode(), sums_field(record), _counters(record), corrections)
+    charges: list[tuple[Charge, int]] = []
+    words: list[Words] = []
+    for standing, amount in zip(lease.standings, used, strict=True):
+        charge, window = standing.charge, standing.window
+        if lease.degraded:
+            window = running_window(charge.limit)
+        elif amount == charge.amount and not charge.limit.holds:
+            continue  # as it was taken
+        if not standing.over:
+            charges.append((charge, window))
+            words.append(corrected(charge, amount, window))
+    return _end(lease, charges, words, msgspec.json.encode(record).decode(), sums_field(record), _counters(record))
 
 
-def _end(lease: Lease, row: str, field: str, counters: Words, corrections: list[tuple[str, Words]]) -> Item:
-    keys = [_reservation(lease.terms, lease.id), ledger_stream(lease.terms.organisation)]
-    keys += [key for key, _ in corrections]
-    return keys, (lease.id, row, field, counters, [words for _, words in corrections])
+def _end(
+    lease: Lease, charges: list[tuple[Charge, int]], words: list[Words], row: str, field: str, counters: Words
+) -> End:
+    organisation = lease.terms.organisation
+    keys = [_reservation(organisation, lease.id), ledger_stream(organisation), *(charge.key for charge, _ in charges)]
+    item = (keys, (lease.id, row, field, counters, words, int(lease.degraded)))
+    return End(lease.id, item, organisation, charges)
 
 
 def ledger_stream(organisation: str) -> str:
@@ -300,15 +407,3 @@ def ledger_stream(organisation: str) -> str:
 def sums_field(record: UsageRecord) -> str:
     """What the hourly sums are kept by."""
     return msgspec.json.encode([record.team, record.key, record.user or "", record.model]).decode()
-
-
-def _refusal(
-    verdict: int, standings: tuple[Standing, ...], binding: int, wait: float, dialect: Dialect
-) -> GatewayError:
-    if verdict == _GIVEN_UP:
-        return StoreUnavailable("the store of keys and limits answered too late", retry_after=1)
-    if verdict == _FOREIGN:
-        charge = standings[binding].charge
-        _log.error("foreign_count", limit=charge.limit.name, count=charge.key)
-        return InternalError(f"the count of the limit {charge.limit.name} cannot be read: its key holds something else")
-    return refusal(standings, standings[binding], wait, dialect)

@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from gateway import drains, reload, snapshot
 from gateway.admission import Admission
+from gateway.alerts import Alerts
 from gateway.asgi import Receive, Scope, Send, refuse, shape_of
 from gateway.endpoints import ENDPOINTS, PREFIXES, Endpoint
 from gateway.errors import (
@@ -34,6 +35,7 @@ from gateway.errors import (
     NotFound,
     StoreUnavailable,
 )
+from gateway.explain import limits_of
 from gateway.hops import pseudonym
 from gateway.keys import KeyRing
 from gateway.openapi import openapi
@@ -44,7 +46,7 @@ from gateway.reference import page
 from gateway.settings import Settings
 from gateway.store import Store
 from gateway.telemetry import observer
-from gateway.terms import may_use
+from gateway.terms import Charge, may_use
 
 _INFERENCE = {f"{prefix}/{name}".encode(): endpoint for prefix in PREFIXES for name, endpoint in ENDPOINTS.items()}
 
@@ -70,6 +72,7 @@ class Gateway:
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),
                 *(Route(f"{prefix}/models/{{name:path}}", self._model, methods=["GET"]) for prefix in PREFIXES),
+                *(Route(f"{prefix}/limits", self._limits, methods=["GET"]) for prefix in PREFIXES),
                 Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/docs", self._docs, methods=["GET"]),
                 Route("/healthz/live", self._live, methods=["GET"]),
@@ -119,6 +122,18 @@ class Gateway:
             raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
         return JSONResponse(_shown(model))
 
+    async def _limits(self, request: Request) -> Response:
+        """Where the caller stands with every limit that binds: of one model where the query names it, else of all."""
+        principal = self.keys.identify(request.scope["headers"])
+        snapshot = self.live.policies.snapshot
+        name = request.query_params.get("model")
+        model = None if name is None else snapshot.model(name)
+        if name is not None and (model is None or not self._may(request)(model)):
+            raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
+        models = snapshot.public_models if model is None else (model,)
+        rows = await limits_of(self.admission, snapshot, principal, models, request.query_params.get("user"))
+        return JSONResponse({"object": "list", "data": rows}, headers={"cache-control": "no-store"})
+
     def _may(self, request: Request) -> Callable[[snapshot.Model], bool]:
         """Whether the caller may use a model."""
         principal = self.keys.identify(request.scope["headers"])
@@ -151,7 +166,7 @@ class Gateway:
             for reason, holds in (
                 ("draining", self.draining),
                 ("keys are not loaded", not self.keys.loaded),
-                ("the store is away", self.store.away),
+                (f"the store {self.store.reason}", self.store.away),
             )
             if holds
         ]
@@ -231,7 +246,13 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     store = Store(store_url, deadline=settings.store_deadline)
     secret = pepper(settings)
     keys = KeyRing(store, secret)
-    gateway = Gateway(Live(policies), store, keys, Admission(store), pseudonym(secret))
+    live, alerts = Live(policies), Alerts()
+
+    def reached(organisation: str, charge: Charge, number: int, used: int, window: int) -> None:
+        share = charge.limit.warn_at[number - 1]
+        alerts.warn(charge, organisation, share, used, window, live.policies.snapshot.gateway.webhook)
+
+    gateway = Gateway(live, store, keys, Admission(store, reached), pseudonym(secret))
     with suppress(StoreUnavailable):
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
@@ -243,6 +264,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await gateway.admission.finish()
+        await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import signal
 import socket
@@ -19,7 +20,8 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -27,11 +29,12 @@ from urllib.parse import urlsplit
 import typer
 
 from gateway.documents import PolicyError
-from gateway.errors import GatewayError
+from gateway.embedded import Embedded
+from gateway.errors import GatewayError, StoreUnavailable
 from gateway.language import UpstreamPolicy
 from gateway.policy import load
 from gateway.settings import Settings, SettingsError
-from gateway.store import Embedded, Store, StoreError
+from gateway.store import Store, StoreError
 
 if TYPE_CHECKING:
     from gateway.app import Gateway
@@ -367,6 +370,56 @@ def _upstreams(settings: Settings) -> dict[str, UpstreamPolicy]:
     return {f"{name}/{urlsplit(own.url).netloc}": own for name, pool in pools.items() for own in pool.upstreams}
 
 
+# — limits
+
+
+@app.command()
+def limits(
+    key_id: Annotated[str, typer.Option("--key", metavar="ID", help="the id of a key, gw_ID_…")],
+    model: Annotated[str | None, typer.Option(help="of this model [of all that the key may use]")] = None,
+    user: Annotated[str | None, typer.Option(help="whom its requests name [whom the key stands for]")] = None,
+    as_json: JsonOption = False,
+    policies: PoliciesOption = None,
+    state: StateOption = None,
+) -> None:
+    """Show where a key stands: every limit that binds it, what is used, reserved and left, and when that ends."""
+    from gateway.admission import Admission
+    from gateway.app import pepper
+    from gateway.explain import limits_of
+    from gateway.keys import KeyRing
+
+    settings = _settings(policies=policies, state=state)
+    try:
+        snapshot = load(settings.policies)
+    except PolicyError as error:
+        _fail(str(error), WRONG)
+    named = None if model is None else snapshot.model(model)
+    if model is not None and named is None:
+        _fail(f'"{model}" is no model of the policies', WRONG)
+
+    async def show(store: Store) -> None:
+        ring = KeyRing(store, pepper(settings))
+        await ring.load()
+        principal = ring.principal(key_id)
+        if principal is None:
+            _fail("no key in force has this id; gateway keys list shows them all", WRONG)
+        models = snapshot.public_models if named is None else (named,)
+        rows: Any = await limits_of(Admission(store, lambda *_: None), snapshot, principal, models, user)
+        if as_json:
+            typer.echo(json.dumps(rows))
+            return
+        head = ("name", "scope", "limit", "mode", "used", "reserved", "left", "of", "whole again in")
+        amounts = ("used", "reserved", "remaining", "limit")
+        cells = []
+        for row in rows:
+            amount = row.get("usd", row)  # dollars are read more easily than their millionths
+            told = [row["name"], row["scope"], row["policy"], row["mode"], *(f"{amount[one]:,}" for one in amounts)]
+            cells.append([*told, str(timedelta(seconds=ceil(row["reset_s"]))) if row["reset_s"] else "-"])
+        _table(head, cells, right=5)
+
+    _with_store(settings, show)
+
+
 # — usage
 
 
@@ -433,10 +486,16 @@ def _embedded(state: Path) -> Iterator[str]:
 
 
 def _with_store(settings: Settings, work: Callable[[Store], Coroutine[Any, Any, None]]) -> None:
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # it is told once, below
+
     async def run(url: str) -> None:
         store = Store(url, deadline=_PATIENCE)
         try:
             await work(store)
+        except StoreUnavailable as away:
+            raise StoreError(f"the store of keys and limits {store.reason or 'does not answer'}") from away
         finally:
             await store.aclose()
 

@@ -15,6 +15,7 @@ from msgspec.json import Decoder
 
 from gateway.errors import Problem
 from gateway.members import (
+    DOCUMENTS,
     FLAT_IMAGES,
     IMAGES,
     MAX_DECODED,
@@ -27,7 +28,6 @@ from gateway.members import (
     Values,
     boolean,
     cut,
-    estimate,
     filled,
     integer,
     leaf,
@@ -57,7 +57,6 @@ __all__ = [
     "check",
     "cut",
     "document",
-    "estimate",
     "model_of",
     "take_apart",
 ]
@@ -90,7 +89,7 @@ def check(endpoint: str, given: Members, *, profile: str, strict: bool) -> tuple
     except RecursionError:
         raise too_deep() from None
     prompts = values.get("prompt")
-    if values.get("images") is not None and isinstance(prompts, Prompts) and not prompts.counted:
+    if values.get("images") is not None and isinstance(prompts, Prompts) and prompts.tokens is None:
         prompt = next(value for name, value in given if name == "prompt")
         problems += unmatched_images(values["images"], prompt)
     return values, [placed(problem) for problem in problems] if problems else problems
@@ -244,7 +243,7 @@ EMBEDDINGS: Rows = {
 RERANK: Rows = {
     "model": text(null=False),
     "query": prose(null=False),
-    "documents": filled("an array with at least one document"),
+    "documents": DOCUMENTS,
     "top_n": integer(1),
     "return_documents": boolean(),
 }

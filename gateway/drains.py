@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from gateway.errors import StoreUnavailable
-from gateway.store import Failures, Store, leaving
+from gateway.store import Store, leaving
+from gateway.topology import Failures
 
 _DRAINED = "{gateway}:drained"
 _EVERY = 1.0  # seconds
@@ -34,6 +35,6 @@ async def resume(store: Store, upstream: str) -> None:
 async def follow(store: Store, take: Callable[[frozenset[str]], None]) -> None:
     """Tell which ones there are, for ever. While the store is away, what was told last holds."""
     while not leaving():
-        with suppress(*Failures, StoreUnavailable):
+        with suppress(*Failures, StoreUnavailable):  # nothing is sent while it is away
             take(await drained(store))
         await asyncio.sleep(_EVERY)

@@ -331,6 +331,10 @@ class Invalid(GatewayError):
         return [{"loc": ["body", *p.loc], "msg": p.msg, "type": p.type} for p in self.problems]
 
 
+_NOT_AGAIN = (b"x-should-retry", b"false")  # the SDKs heed it whatever the status is
+_LONGEST = 60.0  # seconds of Retry-After that all SDKs honour: beyond them some come back at once, and some sleep
+
+
 class RateLimited(GatewayError):
     """429: over a rate or out of seats; waiting helps, and Retry-After says how long."""
 
@@ -338,6 +342,10 @@ class RateLimited(GatewayError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     fault = "caller"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        headers = super().headers()
+        return [*headers, _NOT_AGAIN] if (self.retry_after or 0.0) > _LONGEST else headers
 
 
 class QuotaExhausted(GatewayError):
@@ -349,7 +357,7 @@ class QuotaExhausted(GatewayError):
     fault = "caller"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        return [*super().headers(), (b"x-should-retry", b"false")]
+        return [*super().headers(), _NOT_AGAIN]
 
 
 # — the upstream's

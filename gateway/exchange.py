@@ -12,6 +12,7 @@ from gateway.endpoints import Endpoint
 from gateway.errors import ClientGone, Dialect, Fault, GatewayError
 from gateway.hops import Way
 from gateway.identity import Principal
+from gateway.learned import Learned
 from gateway.normalize import InferenceRequest
 from gateway.snapshot import Limit
 from gateway.terms import Terms, used
@@ -99,11 +100,27 @@ class Exchange:
                     answer.tail,
                     self.endpoint,
                     stream=answer.is_stream,
-                    input_estimate=request.input_estimate,
+                    input_estimate=self.terms.input_estimate,
                     output_bound=request.output_bound,
                 )
             )
         return self._usage
+
+    def teach(self, learned: Learned) -> None:
+        """What there is to learn of an answer that is complete, and whose usage the upstream has told."""
+        request, answer, usage = self.request, self.answer, self.usage
+        if request is None or answer is None or answer.model.name != request.model.name:
+            return
+        if self.ended != "complete" or self.status != 200 or usage.source != "upstream":
+            return
+        learned.learn(
+            self.terms.team,
+            request.model.name,
+            input_bytes=0 if request.input.images else request.input.size,
+            input_tokens=usage.input,
+            output_tokens=usage.output,
+            answers=request.answers,
+        )
 
     # — what a lease asks
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import random
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from datetime import datetime
+from typing import Any
 
 import msgspec
 
 from gateway.errors import StoreUnavailable, Unauthenticated
 from gateway.identity import REFUSED, Principal, credential, hash_key, key_id_of, new_key
-from gateway.store import Failures, Store, StoreError, leaving
+from gateway.store import Script, Store, StoreError, leaving
+from gateway.topology import Failures
 
 _RECORDS = "{gateway}:keys"
 _CHANGES = "{gateway}:key-changes"
@@ -83,16 +86,21 @@ class KeyRing:
         self._principals: dict[str, tuple[bytes, float, Principal]] = {}
         self._last = b"0-0"
         self.loaded = False
+        self._read = False  # once it was, callers are known whatever happens to the store
+        self._keep = Script("keep")
 
     def __repr__(self) -> str:
         return f"<KeyRing {len(self._principals)} usable of {len(self._records)} keys>"
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
-        """Who sent these headers. Raises Unauthenticated, in the same words and after the same work for every key."""
+        """Who sent these headers. Raises Unauthenticated, in the same words and after the same work for every key; and
+        StoreUnavailable as long as no key could be read at all."""
         key = credential(headers)
         key_id = key_id_of(key)
         if key_id is None:
             raise Unauthenticated(REFUSED)
+        if not self._read:
+            raise StoreUnavailable("the keys could not be read yet: the store of keys is away", retry_after=1)
         digest = hash_key(self._pepper, key).encode()
         known, expires, principal = self._principals.get(key_id, _NOBODY)
         if not hmac.compare_digest(digest, known) or principal is None or expires <= time.time():
@@ -110,7 +118,7 @@ class KeyRing:
         self._records, self._principals = {}, {}
         for record in records:
             self._take(record)
-        self.loaded = True
+        self.loaded = self._read = True
 
     async def follow(self) -> None:
         """Take over every change as it is made, for ever; what was missed is read anew."""
@@ -118,13 +126,23 @@ class KeyRing:
             try:
                 if not self.loaded:
                     await self.load()
-                news = await self._store.patient.xread({_CHANGES: self._last}, count=1000, block=_NEWS_MS)
+                news = await self._store.wait(self._news)
                 for entry, fields in news.get(_CHANGES.encode(), ()):
                     self._last = entry
                     self._take(_read(fields[b"record"]))
             except (*Failures, StoreUnavailable, StoreError):
                 self.loaded = False
-                await asyncio.sleep(_RETRY_SECONDS)
+                await self._store.back()
+                await asyncio.sleep(random.uniform(0.5, 1.0) * _RETRY_SECONDS)  # many workers, one store
+
+    def _news(self) -> Awaitable[Any]:
+        news: Awaitable[Any] = self._store.patient.xread({_CHANGES: self._last}, count=1000, block=_NEWS_MS)
+        return news
+
+    def principal(self, key_id: str) -> Principal | None:
+        """Whom a key in force stands for, by its id."""
+        _, expires, principal = self._principals.get(key_id, _NOBODY)
+        return principal if principal is not None and expires > time.time() else None
 
     def records(self) -> list[KeyRecord]:
         """All records, oldest first."""
@@ -185,14 +203,7 @@ class KeyRing:
 
     async def _write(self, record: KeyRecord) -> None:
         text = msgspec.json.encode(record)
-
-        async def write() -> None:
-            async with self._store.client.pipeline(transaction=True) as both:
-                both.hset(_RECORDS, record.id, text)
-                both.xadd(_CHANGES, {"record": text}, maxlen=_CHANGES_KEPT, approximate=True)
-                await both.execute()
-
-        await self._store.call(write)
+        await self._store.run(self._keep, (_RECORDS, _CHANGES), (record.id, text, _CHANGES_KEPT))
         self._take(record)
 
 

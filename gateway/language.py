@@ -7,6 +7,7 @@ Schema for editors are generated from here.
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,17 +89,17 @@ def _matching(pattern: str, what: str, found: str) -> str:
     return found
 
 
-def _address(found: str) -> str:
-    """An address that the wire can go to: what looks like an IP address is one, and a port is below 65536."""
+def _address(form: str, example: str, found: str) -> str:
+    """An address that can be gone to: what looks like an IP address is one, and a port is below 65536."""
     try:
         parts = urlsplit(found)
         host = parts.hostname or ""
         named = re.fullmatch(r"(?=.*[A-Za-z_-])[A-Za-z0-9._-]+", host) is not None
-        right = (named or ip_address(host)) and parts.port != 0 and re.fullmatch(_URL, found)
+        right = (named or ip_address(host)) and parts.port != 0 and re.fullmatch(form, found)
     except ValueError:
         right = False
     if not right:
-        raise ValueError(f"{show(found)} is no address, expected one such as http://10.0.0.7:8000, without /v1")
+        raise ValueError(f"{show(found)} is no address, expected one such as {example}")
     return found
 
 
@@ -120,6 +121,7 @@ _MODEL = r"[^\s\x00-\x1f\x7f-\x9f|{}]{1,200}"  # callers make them up where ther
 MODEL_NAME = re.compile(_MODEL)
 _ROUTE = r"/v1(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9._~-]{1,100}){1,10}(?:/\*)?"
 _URL = r"https?://[^/?#@\s]+(/[^?#\s]*)?"
+_HOOK = r"https?://[^/?#@\s]+(/[^#\s]*)?"
 _PATH = r"/[A-Za-z0-9/._~-]{0,200}"
 # What a caller may not send on in any case: credentials, framing, and what the gateway says itself.
 _HEADER = (
@@ -161,7 +163,16 @@ ModelName = Annotated[
     AfterValidator(partial(_matching, _MODEL, "no model's name, expected at most 200 characters, no blank, no | { }")),
     _form(_MODEL),
 ]
-Url = Annotated[str, AfterValidator(_address), _form(_URL, "http://10.0.0.7:8000")]
+Url = Annotated[
+    str,
+    AfterValidator(partial(_address, _URL, "http://10.0.0.7:8000, without /v1")),
+    _form(_URL, "http://10.0.0.7:8000"),
+]
+HookUrl = Annotated[
+    str,
+    AfterValidator(partial(_address, _HOOK, "https://hooks.example.com/limits")),
+    _form(_HOOK, "https://hooks.example.com/limits"),
+]
 Percent = Annotated[float, BeforeValidator(_percent), _form(r"[0-9]{1,3}(\.[0-9]{1,3})?%", "10%")]
 UrlPath = Annotated[
     str,
@@ -185,7 +196,12 @@ Profile = Annotated[
 ]
 Dollars = Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)]
 
-Count = Literal["requests", "input_tokens", "output_tokens", "total_tokens", "usd", "concurrent_requests"]
+Count = Literal[
+    "requests", "input_tokens", "uncached_input_tokens", "output_tokens", "total_tokens", "usd", "concurrent_requests"
+]
+Kind = Literal["rate", "quota", "rolling", "seats"]
+Reserve = Literal["max", "expected", "input"]
+StoreFails = Literal["local", "open", "closed"]
 Scope = Literal["organisation", "team", "key", "user", "model"]
 Cause = Literal["connect", "reset", 429, 500, 502, 503, 504]
 Effort = Literal["none", "low", "medium", "high", "integer", "boolean"]
@@ -201,6 +217,27 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
+class WebhookPolicy(_Document):
+    """Where warnings go, signed as Standard Webhooks are."""
+
+    url: HookUrl = Field(description="gets a POST for each")
+    secret_env: str = Field(
+        description="the environment variable that holds the secret: whsec_ and base64 of 24 to 64 bytes"
+    )
+
+
+def signing_key(secret: str) -> bytes:
+    """The bytes that a webhook is signed with, of a secret as Standard Webhooks writes one. Raises ValueError, which
+    does not repeat it."""
+    try:
+        key = b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:  # what is no ASCII, too
+        key = b""
+    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError("is no secret of a webhook, expected whsec_ and base64 of 24 to 64 bytes")
+    return key
+
+
 class GatewayPolicy(_Document):
     """What holds for every request."""
 
@@ -212,11 +249,18 @@ class GatewayPolicy(_Document):
     )
     profile: Profile = Field("2026", description="the version of the API by which requests are checked")
     max_body: Bytes = Field(32 * 1024**2, description="largest request body")
-    reserve: Literal["max", "input"] = Field(
+    reserve: Reserve = Field(
         "max",
-        description="what token limits hold for the output until it is known: max: all that the request may produce; "
-        "input: nothing, the limit may be overshot by what is in flight",
+        description="what limits of tokens and dollars hold until usage is known: max: all that the request may take "
+        "and produce; expected: the learned size of its input, and what 95 of 100 answers of the team and model stay "
+        "below; input: nothing for the output. The bounds of each stand above",
     )
+    when_store_fails: StoreFails = Field(
+        "local",
+        description="while Valkey does not answer: local: each worker enforces its share of the limit; open: the limit "
+        "is not enforced; closed: 503",
+    )
+    webhook: WebhookPolicy | None = Field(None, description="who is told of `warn_at`; left out: the log alone")
     time_zone: Zone = Field("UTC", description="of calendar quotas; a limit may name its own")
     perf_headers: bool = Field(
         False, description="true: answers say in server-timing where their time went: gateway, queue, upstream"
@@ -384,19 +428,46 @@ class RoutePolicy(_Document):
     methods: tuple[Method, ...] = Field(("POST",), strict=False, min_length=1, description="those that pass")
 
 
+_ONLY_WITH = {"burst": "rate", "rolling": "quota", "time_zone": "quota", "warn_at": "quota"}
+
+
 class LimitPolicy(_Document):
-    """One limit: a `rate` (with its `burst`), a calendar `quota`, or seats (`at_most`)."""
+    """One limit: a `rate` (with its `burst`), a `quota` by the calendar or rolling, or seats (`at_most`)."""
 
     name: Name = Field(description="what callers are told when it binds; counts go by it")
     count: Count = Field(description="what is counted")
     rate: Rate | None = Field(None, description="so much per second, minute, hour or day, refilled steadily")
     burst: int | None = Field(None, ge=1, le=_MOST, description="how much of it may come at once; left out: all of it")
     quota: Quota | None = Field(None, description="so much per calendar hour, day, week or month")
+    rolling: bool = Field(
+        False,
+        description="true: the quota holds for every stretch of so long, 30 days for a month, not by the calendar",
+    )
     time_zone: Zone | None = Field(None, description="of a quota's calendar; left out: the gateway's")
     at_most: int | None = Field(None, ge=1, le=_MOST, description="so many at the same time")
     per: tuple[Scope, ...] = Field(
         strict=False, min_length=1, description="each combination of these has its own count"
     )
+    models: tuple[str, ...] = Field(
+        ("*",), strict=False, min_length=1, description="patterns of the models, and of the routes, that it is for"
+    )
+    mode: Literal["enforce", "shadow"] = Field(
+        "enforce", description="shadow: it counts, and tells what it would refuse, and refuses nothing"
+    )
+    soft: Percent | None = Field(
+        None, gt=0, description="from this share on answers say `x-ratelimit-over-limit: yes`; left out: they do not"
+    )
+    warn_at: tuple[Percent, ...] = Field(
+        (), strict=False, description="shares of a quota at which the log and the webhook are told, once a window each"
+    )
+    reserve: Reserve | None = Field(None, description="left out: the gateway's")
+    when_store_fails: StoreFails | None = Field(None, description="left out: the gateway's")
+
+    @property
+    def kind(self) -> Kind:
+        if self.quota is not None:
+            return "rolling" if self.rolling else "quota"
+        return "seats" if self.rate is None else "rate"
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -407,10 +478,19 @@ class LimitPolicy(_Document):
             raise ValueError(
                 f"counts {self.count} with {kinds[0]}, expected at_most for concurrent_requests and only there"
             )
-        if self.burst is not None and self.rate is None:
-            raise ValueError("has a burst without a rate, expected one with rate only")
-        if self.time_zone is not None and self.quota is None:
-            raise ValueError("has a time_zone without a quota, expected one with quota only")
+        for member, kind in _ONLY_WITH.items():
+            if getattr(self, member) and getattr(self, kind) is None:
+                raise ValueError(f"has {member} without {kind}, expected it with {kind} only")
+        if self.rolling and self.time_zone is not None:
+            raise ValueError("is rolling and has a time_zone, expected one of them: time zones are of calendars")
+        return self
+
+    @model_validator(mode="after")
+    def _amounts(self) -> Self:
+        if not all(share > 0 for share in self.warn_at) or list(self.warn_at) != sorted(set(self.warn_at)):
+            raise ValueError("has warn_at that does not ascend from above 0%, expected shares such as [80%, 95%]")
+        if self.reserve is not None and self.count in ("requests", "concurrent_requests"):
+            raise ValueError(f"reserves {self.count}, which are known beforehand; expected tokens or usd there")
         if self.count == "usd" and max(p.amount for p in (self.rate, self.quota) if p is not None) > _MOST_USD:
             raise ValueError(f"counts more than {_MOST_USD} dollars, expected at most so many")
         return self
@@ -420,6 +500,12 @@ class PlanPolicy(_Document):
     """Limits that hold together."""
 
     limits: tuple[LimitPolicy, ...] = Field((), strict=False, description="a request takes all of them or none")
+
+
+class OrganisationPolicy(_Document):
+    """Who pays: what holds for all of its teams together."""
+
+    plan: str = Field(description="limits that bind its requests beside those of the team's plan, see plans.yaml")
 
 
 class TeamPolicy(_Document):
@@ -441,4 +527,5 @@ class Documents(_Document):
     pools: dict[Name, PoolPolicy] = Field({}, description="where requests go")
     routes: dict[RoutePath, RoutePolicy] = Field({}, description="further paths of the backends")
     plans: dict[Name, PlanPolicy] = Field({}, description="limits, by plan")
+    organisations: dict[Name, OrganisationPolicy] = Field({}, description="who pays, where it has limits of its own")
     teams: dict[Name, TeamPolicy] = Field({}, description="who calls")

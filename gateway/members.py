@@ -40,7 +40,6 @@ MAX_BLANK = 512 * 1024  # bytes of white space in one place; looking beyond it i
 MAX_DIGITS = 1000  # of a number; doubles have 17, and 309 before the point
 MAX_DECODED = 128 * 1024  # bytes of a value that is decoded: some 4 ms of the event loop
 MAX_OBJECT = 1024 * 1024  # bytes of an object with a table of its own, of which most is not decoded: a JSON schema
-BYTES_PER_TOKEN = 4  # English under the usual tokenizers; other scripts have more bytes a letter and fewer a token
 _WRONG = object()  # in the place of a value that was refused: it was given, and so may exclude another
 _LARGE = 64 * 1024
 _STEP = 1024 * 1024  # bytes of a large body that one call looks at, so that other threads get their turn
@@ -454,11 +453,11 @@ def filled(expected: str) -> Member:
 
 
 class Prompts(NamedTuple):
-    """How many prompts are asked, and the tokens in them: counted where they are tokens, estimated where text."""
+    """How many prompts are asked, and how much is in them: bytes of text, or tokens that were counted."""
 
     number: int
-    tokens: int
-    counted: bool = False
+    size: int  # of text as JSON writes it, which is never shorter than the text itself
+    tokens: int | None = None  # None where it is text
 
 
 _ITEM = re.compile(rb"\[\s*([^\s\]])")  # an array with something in it, and the something's first byte
@@ -466,11 +465,6 @@ _EMPTY = re.compile(rb"\[\s*\]")
 _AFTER_ARRAY = re.compile(rb"\]\s*,\s*(\S)")
 _ITEMS = Decoder(list[Raw])
 _NO_INTEGER = (b'"', b"{", b".", b"e", b"E", b"l")  # one of these is in every other value: 1_._0, fals_e_, nul_l_
-
-
-def estimate(size: int) -> int:
-    """The tokens in so many bytes of text, at least one."""
-    return -(-size // BYTES_PER_TOKEN) or 1
 
 
 def _items(value: Raw) -> list[Raw]:
@@ -496,15 +490,15 @@ def _too_many() -> BadRequest:
 
 def _prompts(value: Raw) -> Prompts:
     if _first(value) == _QUOTE:
-        return Prompts(1, estimate(len(value) - 2))
+        return Prompts(1, len(value) - 2)
     item = _ITEM.match(memoryview(value))
     if item is not None and item[1] == b'"':
         texts = _items(value)
         _check_all(texts, _QUOTE)
-        return Prompts(len(texts), max(len(texts), estimate(sum(map(len, texts)) - 2 * len(texts))))
+        return Prompts(len(texts), sum(map(len, texts)) - 2 * len(texts))
     numbers = bytes(value)
     if item is None or item[1] != b"[":
-        return Prompts(1, _tokens(numbers, 1), counted=True)
+        return Prompts(1, 0, _tokens(numbers, 1))
     prompts = numbers.count(b"[") - 1
     if prompts > MAX_PROMPTS:
         raise _too_many()
@@ -512,7 +506,7 @@ def _prompts(value: Raw) -> Prompts:
     # An array stands after each array but the last, and nowhere else.
     if _AFTER_ARRAY.findall(numbers) != [b"["] * (prompts - 1):
         raise ValidationError("arrays and integers are mixed")
-    return Prompts(prompts, tokens, counted=True)
+    return Prompts(prompts, 0, tokens)
 
 
 def _check_all(items: list[Raw], first: int) -> None:
@@ -526,6 +520,20 @@ def _tokens(numbers: bytes, arrays: int) -> int:
         raise ValidationError("not arrays of integers")
     return numbers.count(b",") + 1
 
+
+def _documents(value: Raw) -> Prompts:
+    items = _items(value)
+    if not items:
+        raise ValidationError("none")
+    return Prompts(len(items), sum(map(len, items)))
+
+
+DOCUMENTS = Member(
+    "an array with at least one document",
+    {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS},
+    _documents,
+    most=sys.maxsize,
+)
 
 _STRINGS: Document = {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS}
 _INTEGERS: Document = {"type": "array", "items": {"type": "integer"}, "minItems": 1}

@@ -1,4 +1,4 @@
-"""Client bytes → InferenceRequest: aliases, model families, what fits a context window, splicing.
+"""Client bytes → InferenceRequest: aliases, model families, bounds that backends are told, splicing.
 
 What a backend is asked is what the caller wrote. Only where an alias, a model's name or a boolean stands for
 something else is that one member replaced in its place; the bytes of every other value stay, and where nothing stands
@@ -9,22 +9,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import msgspec
 from msgspec.json import Decoder, encode
 
 from gateway import contract
-from gateway.contract import Members, Prompts, Values, cut
+from gateway.bounds import (
+    BEHAVIOUR,
+    BYTES_PER_TOKEN,
+    OUTPUTS,
+    Input,
+    input_of,
+    lowered,
+    named_output,
+    output_of,
+    room_in,
+)
+from gateway.contract import Members, Values, cut
 from gateway.endpoints import Endpoint
-from gateway.errors import BadRequest, ContextLengthExceeded, Invalid, NotFound, Problem
+from gateway.errors import BadRequest, Invalid, NotFound, Problem
 from gateway.language import Effort
 from gateway.snapshot import Family, Model, Route, Snapshot
 from gateway.uploads import Form, Upload
 
-# Callers may write integers of any size. No limit is larger (language.py), and the store's arithmetic is exact so far.
-MAX_BOUND = 10**12
+
+class Untold(NamedTuple):
+    """A bound that was reserved because the caller named none: the member by which a backend is told of it, if it is to
+    be told, and whether the caller wrote that, as null."""
+
+    member: str | None
+    most: int  # tokens of one answer
+    is_null: bool
 
 
 class InferenceRequest(msgspec.Struct, frozen=True):
@@ -37,8 +53,11 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     body: bytes  # what goes upstream
     stream: bool
     user: str | None
-    input_estimate: int  # tokens: a quarter of the bytes of text, or the exact count of a prompt in tokens
     output_bound: int  # the most output tokens that it may produce, over all prompts and choices
+    answers: int = 0  # prompts times choices: so many answers share the bound
+    input: Input = Input()
+    untold: Untold | None = None  # where the caller named no bound, and the backend has not been told of one
+    told: int = 0  # the tokens of one answer that were reserved, where backends are told of them
     session: bytes = b""  # what requests have in common that should meet the same upstream; only where a pool asks
     injected: bool = False  # the body asks for usage in an event of its own, and the caller did not
     truncates: bool = False  # it is to be made to fit where a backend says that it is too long for its model
@@ -47,6 +66,11 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     method: str = "POST"
     content_type: bytes = b"application/json"
     upload: Upload | None = None  # the body, where it is passed on as it comes
+
+    @property
+    def input_estimate(self) -> int:
+        """The tokens of its input, at four bytes each where they were not counted."""
+        return self.input.at(BYTES_PER_TOKEN)
 
 
 def normalize(endpoint: Endpoint, body: bytes, snapshot: Snapshot, query: bytes = b"") -> InferenceRequest:
@@ -68,7 +92,9 @@ def normalize(endpoint: Endpoint, body: bytes, snapshot: Snapshot, query: bytes 
 def instead(request: InferenceRequest, model: Model) -> InferenceRequest:
     """The same request for a model that stands in for its own. Raises Invalid, BadRequest where it does not take it."""
     if request.endpoint.body == "json":
-        return _for(model, request.endpoint, request.given, contract.take_apart(request.given), request.query)
+        members = contract.take_apart(request.given)
+        again = _for(model, request.endpoint, request.given, members, request.query, told=request.told)
+        return bounded(again) if request.told else again
     if model.upstream_name != request.model.upstream_name:
         raise Invalid([Problem(("model",), "the name stands in a body that is passed on as it comes")])
     return msgspec.structs.replace(request, model=model)
@@ -78,7 +104,27 @@ def fitted(request: InferenceRequest, room: int | None) -> InferenceRequest:
     """The same request for at most so many tokens in each answer, and for no more than it was; None: for as many as the
     backend finds room for."""
     members = contract.take_apart(request.given)
-    return _for(request.model, request.endpoint, request.given, members, request.query, room or _UNBOUND)
+    return _for(
+        request.model, request.endpoint, request.given, members, request.query, room or _UNBOUND, told=request.told
+    )
+
+
+def bounded(request: InferenceRequest) -> InferenceRequest:
+    """The same request, whose backend is told how many tokens were reserved for each answer; where the caller named a
+    bound it is the very object.
+
+    A completion of OpenAI's ends after 16 tokens where it names no bound, and vLLM's and SGLang's do: there nothing is
+    written, which would only make it longer. That holds for no backend that goes on without one (llama.cpp, Ollama).
+    Of Fireworks' the reference names no default, and so it is told.
+    """
+    untold = request.untold
+    if untold is None:
+        return request
+    body, told = request.body, request.told or request.model.max_output_tokens
+    if untold.member is not None:
+        members = contract.take_apart(body) if untold.is_null else ()
+        body = _spliced(body, members, {untold.member: (untold.member, b"%d" % untold.most)})
+    return msgspec.structs.replace(request, body=body, untold=None, told=told)
 
 
 def of_form(endpoint: Endpoint, form: Form, content_type: bytes, query: bytes, snapshot: Snapshot) -> InferenceRequest:
@@ -94,8 +140,7 @@ def of_form(endpoint: Endpoint, form: Form, content_type: bytes, query: bytes, s
         body=b"",
         stream=form.fields.get("stream") == "true",
         user=form.fields.get("user"),
-        input_estimate=0,  # what a sound or an image holds is known afterwards
-        output_bound=0,
+        output_bound=0,  # what a sound or an image holds is known afterwards
         query=query,
         content_type=content_type,
         upload=form.upload(model.upstream_name),
@@ -114,7 +159,6 @@ def of_route(
         body=b"",
         stream=False,
         user=None,
-        input_estimate=0,
         output_bound=0,
         query=query,
         method=method,
@@ -129,23 +173,32 @@ def _not_found(asked: str) -> NotFound:
 
 
 def _for(
-    model: Model, endpoint: Endpoint, body: bytes, members: Members, query: bytes, room: int | None = None
+    model: Model,
+    endpoint: Endpoint,
+    body: bytes,
+    members: Members,
+    query: bytes,
+    room: int | None = None,
+    told: int = 0,
 ) -> InferenceRequest:
     values, problems = contract.check(endpoint.name, members, profile=model.profile, strict=model.strict)
     if model.family is not None and endpoint.rewrites:
         problems += _unsupported(model, model.family, values)
     if problems:
         raise Invalid(problems, status=endpoint.invalid)
-    prompts = _prompts(values)
+    size = input_of(members, values)
     asked = values["model"]
     stream = values.get("stream") is True
-    truncates = endpoint.rewrites and model.api == "openai" and values.get(_BEHAVIOUR) != "error"
-    output = _asked_output(values)
+    truncates = endpoint.rewrites and model.api == "openai" and values.get(BEHAVIOUR) != "error"
+    named = named_output(values)
+    most = min(told or model.max_output_tokens, model.max_output_tokens)
     if room is None:
-        room = _room(model, values, prompts, output, truncates)
+        room = lowered(model, values, size, named, truncates)
     elif room != _UNBOUND:
-        room = min(room, model.max_output_tokens if output is None else output)  # more was not reserved
+        room = min(room, most if named is None else named)  # more was not reserved
     edits = _edits(endpoint, model, asked, values, room)
+    output = output_of(endpoint, values, members, size.prompts, room or named)
+    untold = _untold(endpoint, model, values, size, most) if output.named is None and room is None else None
     injected = (
         stream and endpoint.rewrites and model.usage != "native" and _asks_for_usage(model, members, values, edits)
     )
@@ -157,8 +210,11 @@ def _for(
         body=_spliced(body, members, edits),
         stream=stream,
         user=_user(endpoint, values),
-        input_estimate=prompts.tokens,
-        output_bound=_output_bound(endpoint, model, values, members, prompts.number, room or output),
+        output_bound=output.bound(most),
+        answers=output.answers,
+        input=size,
+        untold=untold,
+        told=told,
         session=_session(endpoint, members, values) if model.affinity else b"",
         injected=injected,
         truncates=truncates,
@@ -184,118 +240,30 @@ def _session(endpoint: Endpoint, members: Members, values: Values) -> bytes:
     return bytes(memoryview(prompt)[:_BEGINNING])
 
 
-# Members that are read by the model, of whichever endpoint.
-_TEXTS = ("messages", "tools", "system", "input", "instructions", "query", "documents", "prompt")
+# — the bound of an answer
 
-
-def _prompts(values: Values) -> Prompts:
-    for name in ("prompt", "input"):
-        if isinstance(prompts := values.get(name), Prompts):
-            shown = values.get("images")
-            images = 0 if shown is None else sum(shown.numbers)
-            return prompts._replace(tokens=prompts.tokens + images * IMAGE_TOKENS) if images else prompts
-    texts = [values[name] for name in _TEXTS if values.get(name)]
-    size, images = sum(map(len, texts)), 0
-    if size > _SMALL:
-        for text in texts:
-            hidden, found = _images_in(bytes(text))
-            size -= hidden
-            images += found
-    return Prompts(1, contract.estimate(size) + images * IMAGE_TOKENS)
-
-
-IMAGE_TOKENS = 1600  # of an image, as far as one can say beforehand: what Anthropic's largest take, and OpenAI's nearly
-_SMALL = 2048  # bytes that are no image
-_IMAGES = 1000  # that are looked for
-_DATA = (b";base64,", b'"data":"', b'"data": "')  # OpenAI's data URLs; Anthropic's sources, and sounds
-
-
-def _images_in(text: bytes) -> tuple[int, int]:
-    """The bytes of the images in a JSON text, and how many they are: four of these bytes are no token."""
-    size = number = 0
-    for mark in _DATA:
-        start, quote = text.find(mark), 0
-        for _ in range(_IMAGES):
-            if start < 0:
-                break
-            start += len(mark)
-            if quote < start:
-                quote = text.find(b'"', start)
-            blank = text.find(b" ", start, quote)
-            end = quote if blank < 0 else blank  # behind a blank it is prose, whatever stands before it
-            if end - start > _SMALL and not text.startswith(b"data:", start):
-                size += end - start
-                number += 1
-            start = text.find(mark, end)
-    return size, number
-
-
-_OUTPUTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-
-
-def _asked_output(values: Values) -> int | None:
-    for name in _OUTPUTS:
-        asked: int | None = values.get(name)
-        if asked is not None:
-            return asked
-    return None
-
-
-def _output_bound(
-    endpoint: Endpoint, model: Model, values: Values, members: Members, prompts: int, asked: int | None
-) -> int:
-    if endpoint.output is None:
-        return 0
-    choices = values.get("n") or 1
-    if len(values) < len(members):
-        more = _unlisted(members, values)
-        choices = max(choices, more.get("best_of", 1))
-        asked = max(asked or 0, more["max_completion_tokens"]) if "max_completion_tokens" in more else asked
-    if asked is None:
-        asked = model.max_output_tokens
-    return int(min(asked * choices * prompts, MAX_BOUND))
-
-
-_UNLISTED = ("best_of", "max_completion_tokens")  # that pass where the contract is lenient, and backends may know
-_INTEGER = Decoder(int)
-
-
-def _unlisted(members: Members, values: Values) -> dict[str, int]:
-    """What raises the output of a request, of members that its contract does not know."""
-    found = {}
-    for name, raw in members:
-        if name in _UNLISTED and name not in values:
-            with suppress(msgspec.DecodeError):
-                found[name] = _INTEGER.decode(raw)
-    return found
-
-
-# — context windows, for backends that do not see to them
-
-_BEHAVIOUR = "context_length_exceeded_behavior"
 _UNBOUND = 0  # a room that means that no bound is asked for
 
+# OpenAI's own models that reason refuse max_tokens. All other backends know it, and some know no other name: llama.cpp
+# until 2026 (ggml-org/llama.cpp#13700), llama-cpp-python (abetlen/llama-cpp-python#1907) and Ollama pass over that.
+_REFUSES_MAX_TOKENS = re.compile(r"(?:openai/)?(?:o[1-9]|gpt-(?:[5-9]|\d\d))")
 
-def _room(model: Model, values: Values, prompts: Prompts, asked: int | None, truncates: bool) -> int | None:
-    """What max_tokens is lowered to, so that prompt and answer fit; None: it stays, and the backend may know better.
 
-    Raises ContextLengthExceeded where the prompt was counted and not estimated, and the caller wants an error.
-    """
-    window = model.context_window
-    if window is None or asked is None or model.api != "openai" or prompts.number != 1:
-        return None
-    room = window - prompts.tokens
-    if asked <= room:
-        return None
-    if truncates:
-        return room if room >= 1 else None
-    if prompts.counted and values.get(_BEHAVIOUR) == "error":
-        raise ContextLengthExceeded(
-            f"the prompt has {prompts.tokens} tokens and max_tokens is {asked}, "
-            f"the context window of {model.name} holds {window} together",
-            param="max_tokens",
-        )
-    return None
+def _member(endpoint: Endpoint, model: Model) -> str:
+    """The member by which a model's backends are told how long an answer may be, where the caller does not say it."""
+    if endpoint.events == "chat" and model.api == "openai" and _REFUSES_MAX_TOKENS.match(model.upstream_name):
+        return "max_completion_tokens"
+    return endpoint.output or ""
+
+
+def _untold(endpoint: Endpoint, model: Model, values: Values, size: Input, most: int) -> Untold:
+    room = room_in(model, size)
+    if room is not None and room >= 1:
+        most = min(most, room)  # else a backend would refuse what it takes without a bound
+    member = _member(endpoint, model)
+    is_null = member in values
+    has_default = endpoint.events == "completions" and model.api == "openai" and not is_null
+    return Untold(None if has_default else member, most, is_null)
 
 
 # — reasoning: a boolean stands for a word, and `thinking` for both
@@ -366,12 +334,12 @@ def _edits(endpoint: Endpoint, model: Model, asked: str, values: Values, room: i
         edits["model"] = ("model", encode(model.upstream_name))
     if not endpoint.rewrites:
         return edits
-    if model.api == "openai" and _BEHAVIOUR in values:
-        edits[_BEHAVIOUR] = None
+    if model.api == "openai" and BEHAVIOUR in values:
+        edits[BEHAVIOUR] = None
     if room == _UNBOUND:
-        edits.update(dict.fromkeys((name for name in _OUTPUTS if name in values), None))
+        edits.update(dict.fromkeys((name for name in OUTPUTS if name in values), None))
     elif room is not None:
-        name = next((name for name in _OUTPUTS if values.get(name) is not None), "max_tokens")
+        name = next((name for name in OUTPUTS if values.get(name) is not None), _member(endpoint, model))
         edits[name] = (name, b"%d" % room)
     for alias, name in _STAND_INS[model.api]:
         if alias in values:

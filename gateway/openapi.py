@@ -47,6 +47,7 @@ def openapi(profile: str, routes: Iterable[tuple[str, Iterable[str]]] = ()) -> J
     """The OpenAPI 3.1 document of a gateway that checks requests by this profile, with the routes of its policies."""
     paths: Json = {endpoint.path: {"post": _inference(endpoint)} for endpoint in ENDPOINTS.values()}
     paths |= {"/v1/models": {"get": _models()}, "/v1/models/{model}": {"get": _one_model()}}
+    paths |= {"/v1/limits": {"get": _limits_operation()}}
     for path, methods in routes:
         parameters = {"parameters": [_REST]} if path.endswith("*") else {}
         passing = {method.lower(): _passing(path, method) for method in sorted(methods)}
@@ -59,7 +60,7 @@ def openapi(profile: str, routes: Iterable[tuple[str, Iterable[str]]] = ()) -> J
         "paths": paths,
         "components": {
             "securitySchemes": _SECURITY,
-            "schemas": _SHAPES | {"models": _MODEL_LIST, "model": _MODEL} | _requests(profile),
+            "schemas": _SHAPES | {"models": _MODEL_LIST, "model": _MODEL, "limits": _LIMIT_LIST} | _requests(profile),
             "responses": {
                 _key(dialect, status): _refusal(dialect, status, errors)
                 for dialect in _DIALECTS
@@ -169,6 +170,25 @@ def _one_model() -> Json:
     }
 
 
+def _limits_operation() -> Json:
+    text = {"type": "string", "minLength": 1}
+    return {
+        "operationId": _operation_id("get", "/v1/limits"),
+        "summary": "Where the caller stands with every limit that binds",
+        "tags": ["Limits"],
+        "parameters": [
+            {"name": "model", "in": "query", "description": "of this model only", "schema": text}
+            | {"example": _MODEL_NAME},
+            {"name": "user", "in": "query", "description": "of the user whom requests name", "schema": text}
+            | {"example": "ada"},
+        ],
+        "responses": {
+            "200": _answer("Each of them", {"application/json": {"schema": _schema("limits")}}),
+            **_refusals("openai", 401, 403, 404, 503),
+        },
+    }
+
+
 # What the star of a route stands for. Its segments are those of gateway/app.py, without escapes.
 _SEGMENT = r"(?!\.{1,2}(/|$))[A-Za-z0-9._~-]+"
 _REST: Json = {
@@ -269,6 +289,16 @@ _MODEL_LIST = _object(
     object={"const": "list"}, data={"type": "array", "items": _schema("model")}, has_more={"type": "boolean"}
 )
 
+_COUNT: Json = {"type": "integer", "minimum": 0}
+_LIMIT_LIST = _object(
+    object={"const": "list"},
+    data={
+        "type": "array",
+        "items": _object(name=_TEXT, scope=_TEXT, kind=_TEXT, limit=_COUNT, used=_COUNT, reserved=_COUNT)
+        | {"description": "Amounts are in its `unit`"},
+    },
+)
+
 _SECURITY: Json = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -300,6 +330,11 @@ _HEADERS: Mapping[str, Json] = {
     "openai": {
         **_limits("x-ratelimit-{}-requests", "requests", "in so long a time"),
         **_limits("x-ratelimit-{}-tokens", "tokens", "in so long a time"),
+        **{
+            f"x-ratelimit-{what}-tokens-{of}": _header(f"{said} {of} tokens, as Fireworks names them", "integer")
+            for of in ("prompt", "cache-adjusted-prompt", "generated")
+            for what, said in (("limit", "The limit of"), ("remaining", "What is left of"))
+        },
     },
     "anthropic": {
         name: header
@@ -309,6 +344,8 @@ _HEADERS: Mapping[str, Json] = {
     "limited": {
         "ratelimit": _header("What is left of each limit, and in how many seconds it is whole again"),
         "ratelimit-policy": _header("Each limit: its quota, its window in seconds, its unit"),
+        "x-ratelimit-over-limit": _header("yes: more is used than a soft limit says; nothing is refused for that"),
+        "x-gateway-limits": _header("degraded: the store of limits is away, each worker holds its share of them"),
     },
     "timed": {"server-timing": _header("Where the time went, in milliseconds, if the policies say perf_headers")},
     "later": {

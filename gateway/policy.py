@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from gateway.documents import Path_, PolicyError, Source, show
 from gateway.endpoints import ENDPOINTS, Endpoint
-from gateway.language import Documents, ModelPolicy, RoutePolicy, listed
+from gateway.language import Documents, LimitPolicy, ModelPolicy, RoutePolicy, TeamPolicy, listed
 from gateway.snapshot import Family, Limit, Model, Route, Snapshot, Team, matches
 
 
@@ -47,6 +47,7 @@ _FINDINGS: Mapping[str, str] = {
     "string_unicode": "{kind}, expected a string of Unicode characters",
     "int_type": "{kind}, expected a whole number",
     "int_from_float": "{kind}, expected a whole number",
+    "bool_type": "{kind}, expected true or false",
     "float_type": "{kind}, expected a number",
     "finite_number": "{kind}, expected a finite one",
     "tuple_type": "{kind}, expected a list",
@@ -110,7 +111,11 @@ def _dangling(documents: Documents) -> Iterator[tuple[Path_, str]]:
     yield from _dangling_in_routes(documents)
     yield from _dangling_in_pools(documents)
     yield from _doubled_in_plans(documents)
+    yield from _patterns_of_nothing_in_plans(documents)
+    yield from _dangling_in_organisations(documents)
     yield from _dangling_in_teams(documents)
+    yield from _doubled_in_organisations(documents)
+    yield from _one_count_of_two_limits(documents)
 
 
 def _dangling_in_models(documents: Documents) -> Iterator[tuple[Path_, str]]:
@@ -170,14 +175,77 @@ def _doubled_in_plans(documents: Documents) -> Iterator[tuple[Path_, str]]:
             seen.add(limit.name)
 
 
+def _dangling_in_organisations(documents: Documents) -> Iterator[tuple[Path_, str]]:
+    for name, organisation in documents.organisations.items():
+        if organisation.plan not in documents.plans:
+            yield ("organisations", name, "plan"), _unknown(organisation.plan, documents.plans)
+        with_teams = dict.fromkeys(team.organisation for team in documents.teams.values())
+        if name not in with_teams:
+            some = listed(with_teams) or "(no team is defined)"
+            yield ("organisations", name), f"{show(name)} has no team, expected one of {some}"
+
+
 def _dangling_in_teams(documents: Documents) -> Iterator[tuple[Path_, str]]:
     for name, team in documents.teams.items():
         if team.plan not in documents.plans:
             yield ("teams", name, "plan"), _unknown(team.plan, documents.plans)
-        known = [*documents.models, *documents.routes]
-        for i, pattern in enumerate(team.models):
-            if pattern != "*" and not any(matches((pattern,), one) or _may_meet(pattern, one) for one in known):
-                yield ("teams", name, "models", i), _unknown(pattern, documents.models)
+        yield from _patterns_of_nothing(("teams", name, "models"), team.models, documents)
+
+
+def _patterns_of_nothing_in_plans(documents: Documents) -> Iterator[tuple[Path_, str]]:
+    for name, plan in documents.plans.items():
+        for i, limit in enumerate(plan.limits):
+            yield from _patterns_of_nothing(("plans", name, "limits", i, "models"), limit.models, documents)
+
+
+def _patterns_of_nothing(path: Path_, patterns: Iterable[str], documents: Documents) -> Iterator[tuple[Path_, str]]:
+    known = [*documents.models, *documents.routes]
+    for i, pattern in enumerate(patterns):
+        if pattern != "*" and not any(matches((pattern,), one) or _may_meet(pattern, one) for one in known):
+            yield (*path, i), _unknown(pattern, documents.models)
+
+
+def _doubled_in_organisations(documents: Documents) -> Iterator[tuple[Path_, str]]:
+    """Limits of a team's plan that are called as one of its organisation's: they bind the same requests."""
+    for organisation, plans in _plans_of_organisations(documents).items():
+        above = documents.organisations.get(organisation)
+        if above is None or above.plan not in documents.plans:
+            continue
+        taken = {limit.name for limit in documents.plans[above.plan].limits}
+        for plan in plans:
+            if plan == above.plan:
+                text = f"{show(plan)} is the plan of one of its teams, too, expected another one"
+                yield ("organisations", organisation, "plan"), text
+                continue
+            for i, limit in enumerate(documents.plans[plan].limits):
+                if limit.name in taken:
+                    text = f'"{limit.name}" stands in the plan {above.plan} of the organisation {organisation}, too'
+                    yield ("plans", plan, "limits", i, "name"), f"{text}, expected a name of its own"
+
+
+def _one_count_of_two_limits(documents: Documents) -> Iterator[tuple[Path_, str]]:
+    """Limits of two plans that would share one count in an organisation, and differ: the count goes by their name."""
+    for organisation, plans in _plans_of_organisations(documents).items():
+        first: dict[tuple[object, ...], tuple[str, LimitPolicy]] = {}
+        for plan in plans:
+            for i, limit in enumerate(documents.plans[plan].limits):
+                if {"team", "key", "user"} & set(limit.per):
+                    continue
+                count = (limit.name, limit.per, limit.kind)
+                where, other = first.setdefault(count, (plan, limit))
+                if where != plan and limit != other:
+                    text = f'"{limit.name}" has one count in {organisation} with that of the plan {where}, and differs'
+                    yield ("plans", plan, "limits", i), f"{text}, expected the same members, or another name"
+
+
+def _plans_of_organisations(documents: Documents) -> dict[str, list[str]]:
+    """The plans of each organisation's teams, in their order."""
+    found: dict[str, list[str]] = {}
+    for team in documents.teams.values():
+        plans = found.setdefault(team.organisation, [])
+        if team.plan in documents.plans and team.plan not in plans:
+            plans.append(team.plan)
+    return found
 
 
 def _may_meet(pattern: str, entry: str) -> bool:
@@ -200,7 +268,7 @@ def _compile(documents: Documents, revision: str) -> Snapshot:
         for name, policy in documents.families.items()
     }
     plans = {
-        name: tuple(Limit.of(limit, documents.gateway.time_zone) for limit in plan.limits)
+        name: tuple(Limit.of(limit, documents.gateway) for limit in plan.limits)
         for name, plan in documents.plans.items()
     }
     own = {name: _model(name, policy, documents, families) for name, policy in documents.models.items()}
@@ -212,8 +280,13 @@ def _compile(documents: Documents, revision: str) -> Snapshot:
     patterns = sorted((model for name, model in models.items() if "*" in name), key=_beginning, reverse=True)
     models = {name: model for name, model in models.items() if "*" not in name}
     routes = {path: _route(path, policy, documents) for path, policy in documents.routes.items()}
+
+    def shared(team: TeamPolicy) -> tuple[Limit, ...]:
+        organisation = documents.organisations.get(team.organisation)
+        return () if organisation is None else plans[organisation.plan]
+
     teams = {
-        name: Team(name, policy.organisation, policy.plan, policy.models, plans[policy.plan])
+        name: Team(name, policy.organisation, policy.plan, policy.models, (*shared(policy), *plans[policy.plan]))
         for name, policy in documents.teams.items()
     }
     return Snapshot(revision, documents.gateway, models, tuple(patterns), routes, documents.pools, teams)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
-from gateway.admission import Admission
+from gateway.admission import Admission, Lease
 from gateway.asgi import (
     POUR,
     Cut,
@@ -25,15 +25,16 @@ from gateway.asgi import (
     until_hang_up,
 )
 from gateway.endpoints import Endpoint
-from gateway.errors import BadRequest, ClientGone, GatewayError, InternalError, UpstreamFailed
+from gateway.errors import BadRequest, ClientGone, Dialect, GatewayError, InternalError, UpstreamFailed
 from gateway.exchange import Exchange
 from gateway.hops import Way
 from gateway.keys import KeyRing
-from gateway.normalize import InferenceRequest, normalize, of_form, of_route
+from gateway.learned import Learned
+from gateway.normalize import InferenceRequest, bounded, normalize, of_form, of_route
 from gateway.pools import Live, Opening
 from gateway.snapshot import Route, Snapshot
 from gateway.sse import COMMENT, error_event
-from gateway.standings import standing_headers
+from gateway.standings import DEGRADED, standing_headers
 from gateway.terms import terms_for
 from gateway.uploads import Upload, read_form
 from gateway.upstream import Answer
@@ -57,6 +58,7 @@ class Proxy:
         self._keys = keys
         self._admission = admission
         self._observe = observe
+        self._learned = Learned()
         self._name = name
 
     async def __call__(self, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,6 +82,7 @@ class Proxy:
         finally:
             if x.upload is not None:
                 x.upload.give_up()
+            x.teach(self._learned)
             self._observe(x, scope)
 
     async def _serve(self, x: Exchange, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,7 +93,9 @@ class Proxy:
         x.principal = self._keys.identify(scope["headers"])  # 401
         x.way = Way(scope, self._name, x.called, os.urandom(16))  # 505, 508
         x.request = await understood(x, to, scope, receive, snapshot)  # 400, 404, 413, 422
-        x.terms = terms_for(x.principal, x.request, snapshot)  # 400, 403
+        x.terms = terms_for(x.principal, x.request, snapshot, self._learned)  # 400, 403
+        if x.terms.bounded:
+            x.request = bounded(x.request)
 
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
             opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
@@ -136,7 +141,7 @@ async def relay(x: Exchange, scope: Scope, send: Send) -> list[Message]:
         raise UpstreamFailed(f"the upstream answered {answer.status} when its stream had begun", code="upstream_late")
     if answer.model.restore_name:
         await answer.rename()
-    headers = [*answer.headers, *standing_headers(lease.standings, dialect=x.dialect), *_names(x, answer.headers)]
+    headers = [*answer.headers, *_standings(lease, x.dialect), *_names(x, answer.headers)]
     if x.timed:
         headers.append((b"server-timing", _timing(x)))
     if answer.status >= 500 and answer.attempts > 1:
@@ -185,8 +190,7 @@ class commented:  # noqa: N801 - reads as what it does: async with commented(ope
         await asyncio.sleep(every)
         x, lease = self._x, self._x.lease
         assert lease is not None
-        standings = standing_headers(lease.standings, dialect=x.dialect)
-        headers = [(b"content-type", b"text/event-stream"), *standings, *_names(x)]
+        headers = [(b"content-type", b"text/event-stream"), *_standings(lease, x.dialect), *_names(x)]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         x.started = x.commented = True
         while True:
@@ -209,6 +213,8 @@ async def say(x: Exchange, error: GatewayError, scope: Scope, send: Send, *, clo
     """Answer with an error, in the words that the caller understands."""
     shape = shape_of(scope, x.dialect)
     headers = [*_names(x), (b"server-timing", _timing(x))] if x.timed else _names(x)
+    if x.lease is not None:  # of a refusal the error has them
+        headers += _standings(x.lease, x.dialect)
     await refuse(send, error, shape=shape, called=x.called.decode(), headers=headers, close=close)
 
 
@@ -225,6 +231,12 @@ def _timing(x: Exchange) -> bytes:
     if x.answer is not None and x.answer.is_stream:
         return b"upstream;dur=%.3f" % (upstream * 1000)
     return b"gateway;dur=%.3f, queue;dur=%.3f, upstream;dur=%.3f" % (gateway * 1000, queue * 1000, upstream * 1000)
+
+
+def _standings(lease: Lease, dialect: Dialect) -> RawHeaders:
+    """Where the caller stands, and whether the store had a say in it."""
+    standings = standing_headers(lease.standings, dialect=dialect)
+    return [*standings, DEGRADED] if lease.degraded else standings
 
 
 # By what their SDKs report a request.

@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 
 from gateway.documents import PolicyError
+from gateway.language import signing_key
 from gateway.policy import load
 from gateway.pools import Live, Policies, Pools
 from gateway.snapshot import Snapshot
@@ -26,6 +27,12 @@ def opened(snapshot: Snapshot, before: Pools | None = None) -> Policies:
                 raise PolicyError([f"pools.{name}: {upstream.key_env} holds no credential, expected printable ASCII"])
             if not key:
                 _log.warning("upstream_without_key", pool=name, url=upstream.url, variable=upstream.key_env)
+    hook = snapshot.gateway.webhook
+    if hook is not None:
+        try:
+            signing_key(os.environ.get(hook.secret_env, ""))
+        except ValueError as lacking:
+            raise PolicyError([f"gateway.webhook.secret_env: {hook.secret_env} {lacking}"]) from None
     try:
         return Policies(snapshot, Pools(snapshot.pools, os.environ, before))
     except OSError as unread:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,9 +11,56 @@ from urllib.parse import urlsplit
 
 LogFormat = Literal["auto", "people", "json"]
 
+# The port that is meant where none is written.
+STORES: Mapping[str, int] = {
+    "redis": 6379,
+    "rediss": 6379,
+    "unix": 0,
+    "redis+sentinel": 26379,
+    "rediss+sentinel": 26379,
+    "redis+cluster": 6379,
+    "rediss+cluster": 6379,
+}
+
 
 class SettingsError(Exception):
     """A variable that cannot be read; the text names it, what was found (never a secret) and what was expected."""
+
+
+def hosts(netloc: str, default: int) -> tuple[tuple[str, int], ...]:
+    """The hosts and ports of `user:password@host:port,host:port`. Raises ValueError."""
+    found = []
+    for part in netloc.rpartition("@")[2].split(","):
+        one = urlsplit(f"//{part}")
+        if not one.hostname or one.port == 0:
+            raise ValueError(f"{part!r} is no host and port")
+        found.append((one.hostname, one.port or default))
+    return tuple(found)
+
+
+def _unfit_address(text: str) -> str | None:
+    """What is expected of the address of a store, or None."""
+    scheme, _, rest = text.partition("://")
+    if scheme not in STORES or not rest:
+        return f"an address that begins with {', '.join(f'{known}://' for known in STORES)}"
+    if scheme == "unix":
+        return None
+    try:
+        parts = urlsplit(text)
+        found = hosts(parts.netloc, STORES[scheme])
+    except ValueError:
+        return "a host, and a port that is a number"
+    first, _, second = parts.path.strip("/").partition("/")
+    service, database = (first, second) if scheme.endswith("+sentinel") else ("-", first)
+    if not service:
+        return "at its end the name of the service that the Sentinels watch: redis+sentinel://host:port/service"
+    if len(found) > 1 and "+" not in scheme:
+        return "one host; an address of several begins with redis+sentinel:// or redis+cluster://"
+    if not (database or "0").isdecimal():
+        return "a database that is a number"
+    if scheme.endswith("+cluster") and int(database or 0):
+        return "no database, or 0: a cluster has no other"
+    return None
 
 
 def _setting(
@@ -23,10 +70,11 @@ def _setting(
     unit: str = "",
     secret: bool = False,
     within: tuple[float, float] | None = None,
-    beginning: tuple[str, ...] = (),
+    unfit: Callable[[str], str | None] = lambda text: None,
 ) -> Any:
-    """A field: its default, and what is known of it. `within` are the bounds of a number, both allowed."""
-    known = {"description": description, "unit": unit, "secret": secret, "within": within, "beginning": beginning}
+    """A field: its default, and what is known of it. `within` are the bounds of a number, both allowed; `unfit` says
+    what is expected of a text that does not fit."""
+    known = {"description": description, "unit": unit, "secret": secret, "within": within, "unfit": unfit}
     return field(default=default, repr=not secret, metadata=known)
 
 
@@ -40,9 +88,10 @@ class Settings:
     state: Path = _setting(Path(".gateway"), "folder of the embedded store, its socket and the key pepper")
     redis_url: str = _setting(
         "",
-        "an existing Valkey or Redis (redis://, rediss://, unix://) instead of the embedded one",
+        "an existing Valkey or Redis instead of the embedded one: redis://host:port, unix:///path, "
+        "redis+sentinel://host:port,host:port/service, redis+cluster://host:port,host:port; with TLS rediss",
         secret=True,
-        beginning=("redis://", "rediss://", "unix://"),
+        unfit=_unfit_address,
     )
     key_pepper: str = _setting(
         "",
@@ -87,16 +136,8 @@ def _parse(name: str, default: Any, text: str) -> Any:
 
 def _unfit(known: Mapping[str, Any], value: Any) -> str | None:
     """What is expected where a value does not fit, or None."""
-    within, beginning = known["within"], known["beginning"]
+    within = known["within"]
     if within is not None and not within[0] <= value <= within[1]:
         return f"a number from {within[0]} to {within[1]}"
-    if beginning and not (value.startswith(beginning) and _parts(value)):
-        return f"an address that begins with {', '.join(beginning)}, and a port that is a number"
-    return None
-
-
-def _parts(address: str) -> bool:
-    try:
-        return urlsplit(address).port != 0
-    except ValueError:
-        return False
+    expected: str | None = known["unfit"](value)
+    return expected

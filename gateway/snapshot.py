@@ -23,9 +23,12 @@ from gateway.language import (
     Effort,
     GatewayPolicy,
     History,
+    Kind,
     LimitPolicy,
     PoolPolicy,
+    Reserve,
     Scope,
+    StoreFails,
     Timeouts,
 )
 
@@ -35,11 +38,12 @@ class Limit:
     """One limit as admission knows it. Equal to itself alone, as a Team is.
 
     `capacity` is in units of `count` (dollars are micro-dollars): a rate's burst, a quota's amount, the seats.
-    `period` is the time in microseconds in which a rate refills `amount`; 0 for the other kinds.
+    `period` is in microseconds: of a rate the time in which it refills `amount`, of a rolling quota the stretch that it
+    is for; 0 for the other kinds. `soft` and `warn_at` are shares of the capacity.
     """
 
     name: str
-    kind: Literal["rate", "quota", "seats"]
+    kind: Kind
     count: Count
     amount: int
     capacity: int
@@ -47,28 +51,65 @@ class Limit:
     window: str
     zone: ZoneInfo | None
     per: tuple[Scope, ...]
+    models: tuple[str, ...] = ("*",)
+    reserve: Reserve = "max"
+    when_store_fails: StoreFails = "local"
+    shadow: bool = False
+    soft: float | None = None
+    warn_at: tuple[float, ...] = ()
 
     @property
     def unit(self) -> str:
         """What is counted, in words."""
         return "micro-dollars" if self.count == "usd" else self.count.replace("_", " ")
 
+    @property
+    def holds(self) -> bool:
+        """Whether what it takes is a reservation: more than is known before the answer."""
+        return self.count not in ("requests", "concurrent_requests")
+
+    def amount_at(self, share: float) -> int:
+        """The least amount that is so large a share of the capacity: of 0.95 of 500 it is 475."""
+        thousandths = round(share * 100_000)  # of a percent, as exactly as shares are written
+        return max(1, -(-thousandths * self.capacity // 100_000))
+
     @classmethod
-    def of(cls, policy: LimitPolicy, zone: str) -> Limit:
+    def of(cls, policy: LimitPolicy, gateway: GatewayPolicy) -> Limit:
         scale = 1_000_000 if policy.count == "usd" else 1
+        seats = policy.at_most or 0  # for the kinds that follow it is no matter
+        limit = cls(
+            policy.name,
+            policy.kind,
+            policy.count,
+            seats,
+            seats,
+            period=0,
+            window="",
+            zone=None,
+            per=policy.per,
+            models=policy.models,
+            reserve=policy.reserve or gateway.reserve,
+            when_store_fails=policy.when_store_fails or gateway.when_store_fails,
+            shadow=policy.mode == "shadow",
+            soft=policy.soft,
+            warn_at=policy.warn_at,
+        )
         if policy.rate is not None:
-            amount = policy.rate.amount * scale
+            amount, window = policy.rate.amount * scale, policy.rate.period
             burst = amount if policy.burst is None else policy.burst * scale
-            window = policy.rate.period
-            return cls(
-                policy.name, "rate", policy.count, amount, burst, PERIODS[window] * 1_000_000, window, None, policy.per
-            )
+            period = PERIODS[window] * 1_000_000
+            return replace(limit, amount=amount, capacity=burst, period=period, window=window)
         if policy.quota is not None:
             amount, window = policy.quota.amount * scale, policy.quota.period
-            own = ZoneInfo(policy.time_zone or zone)
-            return cls(policy.name, "quota", policy.count, amount, amount, 0, window, own, policy.per)
-        seats = policy.at_most or 0  # the third kind, as the document's check has seen to
-        return cls(policy.name, "seats", policy.count, seats, seats, 0, "", None, policy.per)
+            limit = replace(limit, amount=amount, capacity=amount, window=window)
+            if policy.rolling:
+                return replace(limit, kind="rolling", period=STRETCHES[window] * 1_000_000)
+            return replace(limit, zone=ZoneInfo(policy.time_zone or gateway.time_zone))
+        return limit
+
+
+# What a rolling quota is for, in seconds.
+STRETCHES = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 30 * 86_400}
 
 
 def windows_around(window: str, zone: ZoneInfo, at: datetime) -> tuple[datetime, datetime, datetime, datetime]:

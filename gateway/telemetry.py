@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 import structlog
 
+from gateway.admission import Lease
 from gateway.asgi import Cut, Scope, header
 from gateway.exchange import Exchange
 
@@ -106,12 +107,21 @@ def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
         fields["output_tokens"] = usage.output
         fields["usage_source"] = usage.source
         fields["bytes_out"] = answer.tail.length
+    if x.lease is not None:
+        fields |= _limits(x.lease)
     if x.error is not None:
         fields["error.type"] = x.error.code or x.error.type
     retries = header(scope["headers"], b"x-stainless-retry-count")
     if retries is not None and retries.isdigit():
         fields["sdk_retry_count"] = int(retries[:3])
     return fields
+
+
+def _limits(lease: Lease) -> dict[str, Any]:
+    """What is said of limits where there is more to say than that they let pass."""
+    over = [standing.charge.limit.name for standing in lease.standings if standing.over]
+    said: dict[str, Any] = {"limits.would_refuse": over} if over else {}
+    return said | {"limits.degraded": True} if lease.degraded else said
 
 
 def _masked(line: bytes) -> bytes:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.store import _server_binary
+from gateway.embedded import _server_binary
 from tests.proving import house
 
 

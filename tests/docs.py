@@ -110,7 +110,8 @@ def endpoints() -> str:
 
 
 def floors() -> str:
-    found = re.findall(r"^floor (\d), (\w+): +(.*)$", gateway.__doc__ or "", re.MULTILINE)
+    listed = re.sub(r",\n +", ", ", gateway.__doc__ or "")
+    found = re.findall(r"^floor (\d), (\w+): +(.*)$", listed, re.MULTILINE)
     rows = [(number, name, ", ".join(f"`{file}`" for file in files.split(", "))) for number, name, files in found]
     return table(("floor", "of", "files"), rows)
 

@@ -20,8 +20,8 @@ import httpx
 import pytest
 import yaml
 
+from gateway.embedded import _socket_path
 from gateway.identity import key_id_of
-from gateway.store import _socket_path
 from tests.proving.house import DOCUMENTS, MODEL
 
 Done: TypeAlias = "subprocess.CompletedProcess[str]"
@@ -251,7 +251,7 @@ def test_keys_of_another_pepper_are_told(place: Place) -> None:
 def test_a_store_that_is_not_there_is_told(place: Place, words: list[str]) -> None:
     done = place.run(*words, GATEWAY_REDIS_URL="unix:///nowhere/at/all")
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr == "gateway: the store of keys and limits does not answer (ConnectionError)\n"
+    assert done.stderr == "gateway: the store of keys and limits has no socket there\n"
 
 
 @pytest.mark.parametrize("words", [["serve"], ["usage"]])

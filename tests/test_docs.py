@@ -91,7 +91,7 @@ def defaults(node: Any) -> Any:
 def test_the_defaults_that_are_told_are_what_holds() -> None:
     """A document that writes all defaults of gateway: is the same as one that writes none."""
     told = dict(defaults(docs.schema()["$defs"]["GatewayPolicy"] | {"title": ""}))
-    assert set(told) == {"schema", "profile", "max_body", "reserve", "time_zone", "perf_headers"}
+    assert set(told) == {"schema", "profile", "max_body", "reserve", "when_store_fails", "time_zone", "perf_headers"}
     assert Documents.model_validate({"gateway": told}) == Documents.model_validate({"gateway": {}})
     times = dict(defaults(docs.schema()["$defs"]["Timeouts"]))
     assert times == {"connect": "2s", "first_byte": "2m", "idle": "1m", "total": "1h"}

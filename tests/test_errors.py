@@ -103,6 +103,13 @@ def test_an_exhausted_quota_tells_sdks_not_to_try_again() -> None:
     assert b"x-should-retry" not in dict(RateLimited("wait", retry_after=1).headers())
 
 
+@pytest.mark.parametrize(("wait", "again"), [(59.9, True), (60.0, True), (60.001, False), (3600.0, False)])
+def test_a_wait_that_some_sdks_do_not_honour_tells_them_not_to_try_again(wait: float, again: bool) -> None:
+    headers = RateLimited("wait", retry_after=wait).headers()
+    assert ((b"x-should-retry", b"false") in headers) is not again
+    assert dict(headers)[b"retry-after-ms"] == b"%d" % round(wait * 1000)
+
+
 def test_headers_of_an_error_go_out_beside_the_usual_ones() -> None:
     error = MethodNotAllowed("GET is not for this path", headers=[(b"allow", b"POST")])
     assert error.headers() == [(b"content-type", b"application/json"), (b"allow", b"POST")]

@@ -17,15 +17,15 @@ PACKAGE = Path(gateway.__file__).parent
 
 # Where a library may be imported; one that is not named here is part of the language, or everybody's (msgspec).
 HOMES: dict[str, tuple[str, ...]] = {
-    "hiredis": ("store",),
+    "hiredis": ("topology",),
     "h2": ("bridge",),
     "httptools": ("wire", "server"),
-    "httpx": ("wire", "bridge", "upstream"),
+    "httpx": ("alerts", "wire", "bridge", "upstream"),
     "pydantic": ("language", "policy"),
-    "redis": ("store", "admission"),  # admission: for the name of one exception
+    "redis": ("topology", "store", "embedded", "admission"),  # admission: for the name of one exception
     "rich": ("cli",),
     "starlette": ("app", "echo"),
-    "structlog": ("telemetry", "admission", "upstream", "reload", "cli"),
+    "structlog": ("telemetry", "store", "alerts", "settlements", "admission", "upstream", "reload", "cli"),
     "typer": ("cli",),
     "uvicorn": ("server", "cli"),
     "uvloop": ("cli",),
@@ -60,7 +60,7 @@ def imports(source: str, file: str) -> Iterator[Import]:
 
 def order(docstring: str) -> list[str]:
     """The files of the floors, from the ground up."""
-    floors = re.findall(r"^floor (\d), \w+: +(.*)$", docstring, re.MULTILINE)
+    floors = re.findall(r"^floor (\d), \w+: +(.*)$", re.sub(r",\n +", ", ", docstring), re.MULTILINE)
     assert [int(number) for number, _ in floors] == list(range(len(floors)))
     return [file.strip() for _, files in floors for file in files.split(",")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import redis
 
+from gateway.embedded import _server_binary
 from gateway.errors import StoreUnavailable, Unauthenticated
 from gateway.identity import REFUSED, Principal, hash_key, make_key
 from gateway.keys import KeyRecord, KeyRing
-from gateway.store import Store, StoreError, _server_binary
+from gateway.store import Store, StoreError
 from tests.proving import house
 
 PEPPER = b"of the tests"
@@ -229,6 +231,39 @@ async def test_who_was_known_stays_known_while_the_store_is_away() -> None:
             with pytest.raises(StoreUnavailable):
                 await keys.revoke(record.id)
             assert known(keys, key) is not None, "a revocation that was not written does not hold in one worker only"
+
+
+async def test_nobody_is_a_stranger_before_the_keys_were_read_once() -> None:
+    """R1: 503 and not 401, for every key alike; what is no key is refused all the same."""
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        store = Store(f"unix://{folder}/s", deadline=5)
+        keys = KeyRing(store, PEPPER)
+        following = asyncio.ensure_future(keys.follow())
+        strange = make_key("0" * 12, 5)
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreUnavailable, match="could not be read yet"):
+                    keys.identify([(b"x-api-key", strange.encode())])
+                with pytest.raises(Unauthenticated):
+                    keys.identify([(b"x-api-key", b"gw_canary")])
+                await asyncio.sleep(0.1)
+            server = house.start(_server_binary(), folder)
+            try:
+                async with asyncio.timeout(3):
+                    while not keys.loaded:
+                        await asyncio.sleep(0.01)
+                with pytest.raises(Unauthenticated):
+                    keys.identify([(b"x-api-key", strange.encode())])
+            finally:
+                server.process.kill()
+                server.process.wait()
+            await within_a_second(lambda: not keys.loaded)
+            with pytest.raises(Unauthenticated):
+                keys.identify([(b"x-api-key", strange.encode())])
+        finally:
+            following.cancel()
+            await asyncio.wait((following,))
+            await store.aclose()
 
 
 async def test_a_load_that_fails_forgets_nobody(store_url: str) -> None:

@@ -28,7 +28,7 @@ def refused(body: bytes) -> str:
     return told.value.message
 
 
-def prompts(written: bytes) -> tuple[int, int, bool] | None:
+def prompts(written: bytes) -> tuple[int, int, int | None] | None:
     try:
         number, tokens, counted = members.PROMPTS.read(RAW(written))
     except DecodeError:
@@ -227,24 +227,25 @@ def test_a_prompt_that_only_looks_like_many_values_passes(tools: bytes, text: by
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("", (1, 1, False)),
-        ("abcd", (1, 1, False)),
-        ("abcde", (1, 2, False)),
-        ("a" * 400, (1, 100, False)),
-        (["abcd", "abcdefg"], (2, 3, False)),
-        (["a,b]", '"[', "", ""], (4, 4, False)),
-        ([1, 2, 3], (1, 3, True)),
-        ([[1, 2], [3], [4, 5, 6]], (3, 6, True)),
-        ([[1, 2]], (1, 2, True)),
+        ("", (1, 0, None)),
+        ("abcde", (1, 5, None)),
+        ("a\n", (1, 3, None)),
+        ("a" * 400, (1, 400, None)),
+        (["abcd", "abcdefg"], (2, 11, None)),
+        (["a,b]", '"[', "", ""], (4, 7, None)),
+        ([1, 2, 3], (1, 0, 3)),
+        ([[1, 2], [3], [4, 5, 6]], (3, 0, 6)),
+        ([[1, 2]], (1, 0, 2)),
     ],
 )
-def test_prompts_are_counted_and_their_tokens_with_them(prompt: object, expected: tuple[int, int, bool]) -> None:
+def test_prompts_are_counted_and_what_is_in_them(prompt: object, expected: tuple[int, int, int | None]) -> None:
+    """Of text the bytes, as JSON writes it; of tokens the tokens."""
     assert prompts(json.dumps(prompt).encode()) == expected
 
 
 def test_blanks_between_tokens_do_not_count() -> None:
-    assert prompts(b"[ [ 1 ,\n2 ] , [3]\t]") == (2, 3, True)
-    assert prompts(b'[ "abcd"\n,\n"efgh" ]') == (2, 2, False)
+    assert prompts(b"[ [ 1 ,\n2 ] , [3]\t]") == (2, 0, 3)
+    assert prompts(b'[ "abcd"\n,\n"efgh" ]') == (2, 8, None)
 
 
 MIXED = [
@@ -293,7 +294,7 @@ def test_a_prompt_is_what_a_plain_reading_of_it_says(prompt: Any, separators: tu
     elif isinstance(prompt, list) and prompt and all(map(tokens, prompt)):
         expected = (len(prompt), sum(map(len, prompt)))
     found = prompts(json.dumps(prompt, separators=separators).encode())
-    assert (found and (found[0], found[1] if found[2] else None)) == expected
+    assert (found and (found[0], found[2])) == expected
 
 
 def test_ten_thousand_prompts_are_taken_and_no_more() -> None:
@@ -307,7 +308,21 @@ def test_ten_thousand_prompts_are_taken_and_no_more() -> None:
 
 def test_commas_in_long_prompts_are_no_prompts() -> None:
     text = json.dumps('a, "b", c\\' * 20_000).encode()
-    assert prompts(b"[" + text + b", " + text + b"]") == (2, (2 * len(text) - 4) // 4, False)
+    assert prompts(b"[" + text + b", " + text + b"]") == (2, 2 * len(text) - 4, None)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [(b'["a", {"text":"b,c"}]', (2, 17, None)), (b'[ "" ]', (1, 2, None)), (b"[1]", (1, 1, None))],
+)
+def test_documents_are_counted_with_the_bytes_that_they_have(written: bytes, expected: tuple[int, int, None]) -> None:
+    assert members.DOCUMENTS.read(RAW(written)) == expected
+
+
+def test_ten_thousand_documents_are_taken_and_no_more() -> None:
+    assert members.DOCUMENTS.read(RAW(b"[" + b",".join([b'"a, b"'] * 10_000) + b"]"))[0] == 10_000
+    with pytest.raises(BadRequest, match="more than 10000 items"):
+        members.DOCUMENTS.read(RAW(b"[" + b",".join([b'"a, b"'] * 10_001) + b"]"))
 
 
 @given(st.lists(st.sampled_from(['"', "\\", ",", "[", "a" * 40_000]), max_size=12).map("".join), st.integers(0, 3))

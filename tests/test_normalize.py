@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from gateway import policy
 from gateway.asgi import Message
+from gateway.bounds import MAX_BOUND, Input
 from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import BadRequest, GatewayError, Invalid, NotFound
-from gateway.normalize import MAX_BOUND, InferenceRequest, fitted, instead, normalize, of_route, renamed
+from gateway.normalize import InferenceRequest, bounded, fitted, instead, normalize, of_route, renamed
 from gateway.snapshot import Route, Snapshot
 from gateway.uploads import Upload
 
@@ -32,6 +33,12 @@ def snapshot(schema: str) -> Snapshot:
         "plain": {"pool": "fireworks", "max_output_tokens": 100},
         "open": {"pool": "openai", "max_output_tokens": 100},
         "accounts/acme/models/long": {"pool": "fireworks", "aliases": ["short"], "max_output_tokens": 100},
+        "gpt-5-mini": {"pool": "openai"},
+        "o3": {"pool": "openai", "upstream_model": "openai/o3-pro"},
+        "gpt-oss": {"pool": "openai", "upstream_model": "openai/gpt-oss-120b"},
+        "claude": {"pool": "anthropic"},
+        "falls": {"pool": "openai", "max_output_tokens": 500, "fallback": "plain"},
+        "falls-low": {"pool": "fireworks", "max_output_tokens": 50, "fallback": "open"},
         "renamed": {"pool": "openai", "upstream_model": "vendor/name", "aliases": ["other", "vendor/name"]},
         "inject": {"pool": "inject"},
         "continuous": {"pool": "continuous"},
@@ -45,7 +52,7 @@ def snapshot(schema: str) -> Snapshot:
         "gateway": {"schema": schema},
         "models": models,
         "pools": {
-            **{api: {"api": api, "upstreams": upstreams} for api in ("fireworks", "openai")},
+            **{api: {"api": api, "upstreams": upstreams} for api in ("fireworks", "openai", "anthropic")},
             **{usage: {"api": "openai", "usage": usage, "upstreams": upstreams} for usage in ("inject", "continuous")},
         },
     }
@@ -453,9 +460,11 @@ def test_a_request_says_what_is_asked_of_whom() -> None:
         body=body.replace(b"short", b"accounts/acme/models/long"),
         stream=True,
         user="u",
-        input_estimate=2,
         output_bound=7,
+        answers=1,
+        input=Input(1, 5, margin=8),
     )
+    assert ask(body).input_estimate == 2
 
 
 def test_a_chat_is_estimated_by_its_messages_and_tools() -> None:
@@ -792,13 +801,6 @@ def test_what_a_backend_has_room_for_raises_no_bound(given: dict[str, Any], room
     assert again.output_bound == expected <= request.output_bound
 
 
-def test_what_stands_behind_the_beginning_of_a_data_url_is_read_where_it_is_prose() -> None:
-    prose = {"model": "plain", "messages": [{"role": "user", "content": ";base64," + "hello world " * 5000}]}
-    image = {"model": "plain", "messages": [{"role": "user", "content": ";base64," + "helloworld" * 6000}]}
-    assert ask(prose, "chat/completions").input_estimate > 15_000
-    assert ask(image, "chat/completions").input_estimate < 2_000
-
-
 def test_images_stand_beside_more_tokens_than_there_may_be_prompts() -> None:
     body = {"model": "plain", "prompt": [1] * 20_000, "images": ["data:image/png;base64,AA=="]}
     assert ask(body).input_estimate == 20_000 + 1600
@@ -884,6 +886,155 @@ def test_a_request_without_a_bound_keeps_what_was_reserved_for_it(name: str) -> 
     again = fitted(ask(body, "chat/completions"), None)
     assert json.loads(again.body) == {"model": "v", "messages": [{"role": "user"}], "stop": ["a"], "n": 2}
     assert again.output_bound == 60
+
+
+# — a bound that the caller did not name
+
+CHATTING = '"messages":[{"role":"user"}]'
+UNNAMED: list[tuple[str, str, str, str]] = [
+    # model, endpoint, the caller's other members, what is told behind them
+    ("plain", "completions", '"prompt":"p"', ',"max_tokens":100'),
+    ("plain", "chat/completions", CHATTING, ',"max_tokens":100'),
+    ("open", "chat/completions", CHATTING, ',"max_tokens":100'),
+    ("claude", "chat/completions", CHATTING, ',"max_tokens":8192'),
+    ("gpt-oss", "chat/completions", CHATTING, ',"max_tokens":8192'),
+    ("gpt-5-mini", "chat/completions", CHATTING, ',"max_completion_tokens":8192'),
+    ("o3", "chat/completions", CHATTING, ',"max_completion_tokens":8192'),
+    ("open", "responses", '"input":"a"', ',"max_output_tokens":100'),
+    ("plain", "responses", '"input":"a"', ',"max_output_tokens":100'),
+    ("gpt-5-mini", "responses", '"input":"a"', ',"max_output_tokens":8192'),
+    ("plain", "completions", '"max_completion_tokens":null,"prompt":"p"', ',"max_tokens":100'),
+    ("plain", "completions", '"max_tokens":null,"max_completion_tokens":null,"prompt":"p"', ',"max_tokens":100'),
+    ("open", "chat/completions", '"max_completion_tokens":null,' + CHATTING, ',"max_tokens":100'),
+    ("old", "completions", '"max_completion_tokens":null,"prompt":["a","b"],"max_tokens":null', ""),
+    ("window", "chat/completions", CHATTING, ',"max_tokens":35'),
+    ("window", "responses", '"input":"a"', ',"max_output_tokens":39'),
+    ("window", "chat/completions", CHATTING.replace("user", "u" * 200), ',"max_tokens":8192'),
+]
+
+
+@pytest.mark.parametrize(("model", "endpoint", "members", "told"), UNNAMED)
+def test_what_was_reserved_is_told_where_the_caller_named_no_bound(
+    model: str, endpoint: str, members: str, told: str
+) -> None:
+    """By the name that the backend knows, at the end; and no more than its window holds."""
+    request = ask(f'{{"model":"{model}", {members} }}\n'.encode(), endpoint)
+    again = bounded(request)
+    if told:
+        assert again.body == request.body[:-2] + told.encode() + b"}\n"
+    assert json.loads(again.body) != json.loads(request.body)
+    same = {"body": request.body, "untold": request.untold, "told": 0}
+    assert msgspec.structs.replace(again, **same) == request
+    assert bounded(again) is again
+
+
+@pytest.mark.parametrize(
+    ("model", "endpoint", "before", "after"),
+    [
+        ("plain", "completions", '"max_tokens": null,"prompt":"p"', '"max_tokens":100,"prompt":"p"'),
+        ("open", "completions", '"prompt":"p", "max_tokens":null ', '"prompt":"p","max_tokens":100 '),
+        ("plain", "chat/completions", f'{CHATTING},"max_tokens":null', f'{CHATTING},"max_tokens":100'),
+        (
+            "o3",
+            "chat/completions",
+            f'"max_completion_tokens":null,{CHATTING}',
+            f'"max_completion_tokens":8192,{CHATTING}',
+        ),
+        ("open", "responses", '"max_output_tokens":null,"input":"a"', '"max_output_tokens":100,"input":"a"'),
+        ("old", "completions", '"max_tokens":null,"prompt":["a","b"]', '"max_tokens":100,"prompt":["a","b"]'),
+    ],
+)
+def test_a_bound_of_null_is_none_and_what_was_reserved_stands_in_its_place(
+    model: str, endpoint: str, before: str, after: str
+) -> None:
+    upstream = STRICT.models[model].upstream_name
+    again = bounded(ask(f'{{"model":"{model}",{before}}}'.encode(), endpoint))
+    assert again.body == f'{{"model":"{upstream}",{after}}}'.encode()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("completions", {"model": "plain", "prompt": "p", "max_tokens": 5}),
+        ("completions", {"model": "plain", "prompt": "p", "max_tokens": 0}),
+        ("completions", {"model": "plain", "prompt": "p", "max_completion_tokens": 5, "max_tokens": None}),
+        ("completions", {"model": "old", "prompt": "p", "max_completion_tokens": 500}),
+        ("chat/completions", {"model": "open", "messages": [{}], "max_completion_tokens": 5}),
+        ("chat/completions", {"model": "window", "messages": [{}], "max_tokens": 10**6}),
+        ("responses", {"model": "open", "input": "a", "max_output_tokens": 5}),
+        ("messages", {"model": "claude", "messages": [{}], "max_tokens": 5}),
+        ("embeddings", {"model": "plain", "input": "a"}),
+        ("rerank", {"model": "plain", "query": "q", "documents": ["d"]}),
+        ("images/generations", {"model": "plain", "prompt": "a"}),
+    ],
+)
+def test_a_bound_that_the_caller_named_is_the_one(endpoint: str, body: dict[str, Any]) -> None:
+    request = ask(body, endpoint)
+    assert bounded(request) is request
+
+
+def test_a_completion_of_openais_ends_by_itself_and_is_not_made_longer() -> None:
+    request = ask({"model": "open", "prompt": "p"})
+    assert bounded(request).body is request.body
+    assert bounded(request).output_bound == 100
+
+
+@pytest.mark.parametrize(
+    ("asked", "instead_of_it", "told"),
+    [("falls", "plain", 100), ("falls-low", "open", 50), ("falls-low", "falls", 50)],
+)
+@pytest.mark.parametrize("named", [{}, {"max_tokens": None}])
+def test_a_model_that_stands_in_is_told_no_more_than_was_reserved_nor_than_it_gives(
+    asked: str, instead_of_it: str, told: int, named: dict[str, None]
+) -> None:
+    request = ask({"model": asked, "messages": [{}], **named}, "chat/completions")
+    other = STRICT.models[instead_of_it]
+    again = instead(bounded(request), other)
+    assert json.loads(again.body)["max_tokens"] == told
+    assert (again.output_bound, again.untold) == (told, None)
+    assert json.loads(instead(request, other).body).get("max_tokens") is None  # nobody was to be told
+
+
+def test_a_model_that_stands_in_is_told_though_the_backends_of_the_first_need_not_be() -> None:
+    request = bounded(ask({"model": "falls", "prompt": "p"}))
+    assert "max_tokens" not in json.loads(request.body)
+    assert json.loads(instead(request, STRICT.models["plain"]).body)["max_tokens"] == 100
+
+
+def test_a_model_that_stands_in_gets_the_bound_that_the_caller_named() -> None:
+    request = bounded(ask({"model": "falls", "prompt": "p", "max_tokens": 300}))
+    assert json.loads(instead(request, STRICT.models["plain"]).body)["max_tokens"] == 300
+
+
+@pytest.mark.parametrize(("room", "expected"), [(90, 90), (101, 100), (30, 30), (None, None)])
+def test_a_request_that_is_fitted_stays_within_what_was_told(room: int | None, expected: int | None) -> None:
+    """Without a bound a backend has room for less than was told: that is why it refused."""
+    request = bounded(ask({"model": "open", "messages": [{}]}, "chat/completions"))
+    again = fitted(request, room)
+    assert json.loads(again.body).get("max_tokens") == expected
+    assert (again.output_bound, bounded(again)) == (expected or 100, again)
+    low = fitted(
+        instead(bounded(ask({"model": "falls-low", "messages": [{}]}, "chat/completions")), STRICT.models["open"]), room
+    )
+    assert json.loads(low.body).get("max_tokens") == (None if room is None else min(room, 50))
+
+
+def test_a_fitted_request_is_told_by_the_name_that_its_model_knows() -> None:
+    again = fitted(ask({"model": "gpt-5-mini", "messages": [{}]}, "chat/completions"), 30)
+    assert json.loads(again.body) == {"model": "gpt-5-mini", "messages": [{}], "max_completion_tokens": 30}
+
+
+@given(bodies())
+def test_any_body_that_is_told_its_bound_is_otherwise_the_same(drawn: tuple[str, dict[str, str]]) -> None:
+    request = ask(drawn[0].encode(), policies=LENIENT)
+    again = bounded(request)
+    before, after = json.loads(request.body), json.loads(again.body)
+    named = [name for name in ("max_tokens", "max_completion_tokens") if before.get(name) is not None]
+    silent = request.model.api == "openai" and "max_tokens" not in before
+    if named or silent:
+        assert again.body is request.body
+    else:
+        assert after == {**before, "max_tokens": request.output_bound // request.answers}
 
 
 # — what differs between the endpoints

@@ -82,7 +82,7 @@ def test_every_endpoint_and_every_route_is_in_it() -> None:
     there = {(path, method) for path, method, _ in operations(openapi("2026", PASSING))}
     assert there == {
         *((endpoint.path, "post") for endpoint in ENDPOINTS.values()),
-        *(("/v1/models", "get"), ("/v1/models/{model}", "get"), ("/v1/moderations", "post")),
+        *(("/v1/models", "get"), ("/v1/models/{model}", "get"), ("/v1/limits", "get"), ("/v1/moderations", "post")),
         *(("/v1/files/{rest}", method) for method in ("get", "post", "delete")),
     }
 
@@ -303,10 +303,10 @@ async def walked(
 
 
 LIMITS = [
-    {"name": "requests", "count": "requests", "rate": "2/minute", "per": ["key"]},
+    {"name": "requests", "count": "requests", "rate": "2/minute", "per": ["key"], "soft": "90%"},
     *(
         {"name": count, "count": count, "rate": "1000000/minute", "per": ["key"]}
-        for count in ("input_tokens", "output_tokens", "total_tokens")
+        for count in ("input_tokens", "uncached_input_tokens", "output_tokens", "total_tokens")
     ),
 ]
 
@@ -327,7 +327,7 @@ async def test_the_headers_that_a_caller_is_sent_are_those_of_the_document(store
     beside = {"content-length", "content-type", "date", "server", "connection"}
     for answer, names in zip(answers[1:], told, strict=True):
         sent = {name for name in answer.headers.keys() - beside if not name.startswith("fireworks-")}
-        assert sent == names - ({"request-id"} if endpoint != "messages" else set())
+        assert sent == names - {"x-gateway-limits"} - ({"request-id"} if endpoint != "messages" else set())
 
 
 async def test_whoever_asks_is_told_with_the_routes_of_the_policies_and_needs_no_key(store_url: str) -> None:
@@ -370,7 +370,11 @@ async def test_what_the_document_allows_reaches_a_backend_and_is_answered_as_it_
     which = lambda operation: every or operation.path == "/v1/completions"  # noqa: E731 - the others have one table
     async with walked(store_url, profile, GenerationMode.POSITIVE, which) as (walk, reached):
         assert walk.wrong == []
-        own = {called for called, (_, told) in walk.answers.items() if told.startswith("GET /v1/models")}
+        own = {
+            called
+            for called, (_, told) in walk.answers.items()
+            if told.startswith(("GET /v1/models", "GET /v1/limits"))
+        }
         assert [told for called, (_, told) in walk.answers.items() if called not in reached | own] == []
         assert 200 in {status for status, _ in walk.answers.values()}
 

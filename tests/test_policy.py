@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hmac
+import re
+from base64 import b64encode
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.documents import PolicyError
-from gateway.language import LimitPolicy
+from gateway.documents import PolicyError, Source
+from gateway.language import Documents, GatewayPolicy, LimitPolicy, signing_key
 from gateway.policy import load
 from gateway.snapshot import Limit, Snapshot, matches
 
 SHIPPED = Path(__file__).parent.parent / "policies"
+
+README = (SHIPPED / "README.md").read_text("utf-8")
 
 MODELS = "models:\n  llama: {pool: demo}\n"
 POOLS = "pools:\n  demo: {upstreams: [{url: 'http://127.0.0.1:8000'}]}\n"
@@ -246,10 +252,14 @@ def test_hidden_files_and_others_are_not_read(tmp_path: Path) -> None:
         ("rate: 600/minute", ("rate", 600, 600, 60_000_000)),
         ("rate: 1_000 / hour, burst: 5", ("rate", 1000, 5, 3_600_000_000)),
         ("quota: 50/month", ("quota", 50, 50, 0)),
+        ("quota: 50/hour, rolling: true", ("rolling", 50, 50, 3_600_000_000)),
+        ("quota: 50/day, rolling: true", ("rolling", 50, 50, 86_400_000_000)),
+        ("quota: 50/week, rolling: true", ("rolling", 50, 50, 604_800_000_000)),
+        ("quota: 50/month, rolling: true", ("rolling", 50, 50, 30 * 86_400_000_000)),
         ("at_most: 7", ("seats", 7, 7, 0)),
     ],
 )
-def test_three_kinds_of_limit_become_amount_capacity_and_period(
+def test_four_kinds_of_limit_become_amount_capacity_and_period(
     tmp_path: Path, members: str, expected: tuple[object, ...]
 ) -> None:
     count = "concurrent_requests" if "at_most" in members else "requests"
@@ -260,7 +270,7 @@ def test_three_kinds_of_limit_become_amount_capacity_and_period(
 
 def test_dollars_are_counted_in_micro_dollars() -> None:
     policy = LimitPolicy.model_validate({"name": "l", "count": "usd", "rate": "2/day", "burst": 3, "per": ["team"]})
-    found = Limit.of(policy, "UTC")
+    found = Limit.of(policy, GatewayPolicy())
     assert (found.amount, found.capacity) == (2_000_000, 3_000_000)
 
 
@@ -269,6 +279,158 @@ def test_a_quota_without_a_time_zone_has_the_gateways(tmp_path: Path) -> None:
     document = limit(both + "count: requests, quota: 1/day, per: [team]")
     found = snapshot(tmp_path, all=document + TEAMS, gateway="gateway: {time_zone: Europe/Zurich}")
     assert [str(one.zone) for one in found.teams["red"].limits] == ["Europe/Zurich", "Asia/Tokyo"]
+
+
+def test_a_rolling_quota_has_no_time_zone(tmp_path: Path) -> None:
+    document = limit("name: l, count: usd, quota: 1/day, rolling: true, per: [team]")
+    (found,) = snapshot(tmp_path, all=document + TEAMS).teams["red"].limits
+    assert (found.window, found.zone) == ("day", None)
+
+
+def of(members: str, gateway: str = "{}") -> Limit:
+    """A limit of tokens with these members."""
+    usual = {"name": "l", "count": "total_tokens", "quota": "500/month", "per": ["team"]}
+    policy = LimitPolicy.model_validate({**usual, **yaml.safe_load(f"{{{members}}}")})
+    return Limit.of(policy, GatewayPolicy.model_validate(yaml.safe_load(gateway)))
+
+
+@pytest.mark.parametrize(
+    ("members", "gateway", "expected"),
+    [
+        ("", "{}", ("max", "local")),
+        ("", "{reserve: input, when_store_fails: open}", ("input", "open")),
+        ("reserve: expected", "{reserve: input, when_store_fails: open}", ("expected", "open")),
+        ("when_store_fails: closed", "{reserve: input, when_store_fails: open}", ("input", "closed")),
+    ],
+)
+def test_what_is_reserved_and_what_holds_without_the_store_are_the_limits_or_the_gateways(
+    members: str, gateway: str, expected: tuple[str, str]
+) -> None:
+    found = of(members, gateway)
+    assert (found.reserve, found.when_store_fails) == expected
+
+
+def test_a_limit_says_who_is_warned_and_what_it_refuses() -> None:
+    plain, full = of(""), of("mode: shadow, soft: 80%, warn_at: [50%, 99.5%], models: [llama, 'qwen*']")
+    assert (plain.shadow, plain.soft, plain.warn_at, plain.models) == (False, None, (), ("*",))
+    assert (full.shadow, full.soft, full.warn_at, full.models) == (True, 0.8, (0.5, 0.995), ("llama", "qwen*"))
+
+
+@pytest.mark.parametrize(
+    ("count", "holds"),
+    [
+        ("requests", False),
+        ("concurrent_requests", False),
+        ("input_tokens", True),
+        ("uncached_input_tokens", True),
+        ("output_tokens", True),
+        ("total_tokens", True),
+        ("usd", True),
+    ],
+)
+def test_what_is_known_before_the_answer_is_no_reservation(count: str, holds: bool) -> None:
+    kind = {"quota": None, "at_most": 5} if count == "concurrent_requests" else {}
+    found = of(yaml.safe_dump({"count": count, **kind}, default_flow_style=True).strip("{}\n"))
+    assert found.holds is holds
+
+
+@pytest.mark.parametrize(
+    ("amount", "share", "expected"),
+    [(500, "95%", 475), (100, "7%", 7), (100, "0.001%", 1), (7, "50%", 4), (3, "100%", 3), (1, "80%", 1)],
+)
+def test_a_share_is_the_least_amount_that_is_so_large(amount: int, share: str, expected: int) -> None:
+    found = of(f"quota: {amount}/day, soft: {share}")
+    assert found.soft is not None
+    assert found.amount_at(found.soft) == expected
+
+
+@given(st.integers(1, 10**15), st.integers(1, 100_000))
+def test_a_share_is_exact_whatever_the_amount(amount: int, thousandths: int) -> None:
+    found = replace(of(""), capacity=amount).amount_at(float(f"{thousandths / 1000:.3f}") / 100)
+    assert found * 100_000 >= amount * thousandths > (found - 1) * 100_000
+
+
+ORGANISATIONS = """plans:
+  acme: {limits: [{name: spend, count: usd, quota: 500/month, per: [organisation]}]}
+  free: {limits: [{name: rate, count: requests, rate: 5/minute, per: [team]}]}
+organisations:
+  acme: {plan: acme}
+teams:
+  red: {organisation: acme, plan: free}
+  blue: {organisation: umbrella, plan: free}
+"""
+
+
+def test_the_limits_of_an_organisation_bind_beside_those_of_its_teams(tmp_path: Path) -> None:
+    teams = snapshot(tmp_path, all=ORGANISATIONS).teams
+    assert [limit.name for limit in teams["red"].limits] == ["spend", "rate"]
+    assert [limit.name for limit in teams["blue"].limits] == ["rate"]
+
+
+SHARED = """plans:
+  one: {limits: [{name: spend, count: usd, quota: 500/month, per: [%s]}]}
+  two: {limits: [{name: spend, count: usd, quota: %s, per: [%s]}]}
+teams:
+  red: {organisation: acme, plan: one}
+  blue: {organisation: %s, plan: two}
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "quota", "two", "organisation"),
+    [
+        ("organisation", "500/month", "organisation", "acme"),  # what shares one count is one limit
+        ("organisation", "5_00/month", "organisation", "acme"),
+        ("organisation", "900/month", "organisation", "umbrella"),
+        ("organisation", "900/month", "organisation, model", "acme"),
+        ("organisation", "900/month, rolling: true", "organisation", "acme"),
+        ("team", "900/month", "team", "acme"),
+        ("model, key", "900/month", "model, key", "acme"),
+        ("user", "900/month", "user", "acme"),
+    ],
+)
+def test_limits_of_two_plans_may_have_one_name_where_they_are_alike_or_count_apart(
+    tmp_path: Path, one: str, quota: str, two: str, organisation: str
+) -> None:
+    teams = snapshot(tmp_path, all=SHARED % (one, quota, two, organisation)).teams
+    assert [teams[name].limits[0].name for name in teams] == ["spend", "spend"]
+
+
+def test_patterns_of_a_limit_may_name_a_part_of_what_a_star_fits_and_routes(tmp_path: Path) -> None:
+    document = limit('name: l, count: requests, rate: 1/day, per: [team], models: ["openai/o*", /v1/moderations]')
+    found = snapshot(tmp_path, all=PATTERNS + POOLS + ROUTES + TEAMS, plans=document)
+    assert found.teams["red"].limits[0].models == ("openai/o*", "/v1/moderations")
+
+
+def test_a_webhook_is_an_address_and_the_name_of_a_secret(tmp_path: Path) -> None:
+    hook = "{url: 'https://user-hooks.example.com/limits?a=1', secret_env: HOOK}"
+    found = snapshot(tmp_path, gateway=f"gateway: {{webhook: {hook}}}").gateway.webhook
+    assert found is not None
+    assert (found.url, found.secret_env) == ("https://user-hooks.example.com/limits?a=1", "HOOK")
+
+
+@given(st.binary(min_size=24, max_size=64))
+def test_a_webhooks_secret_is_the_bytes_that_it_writes(key: bytes) -> None:
+    assert signing_key("whsec_" + b64encode(key).decode()) == key
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "",
+        "whsec_",
+        b64encode(b"k" * 32).decode(),
+        "whsec_" + b64encode(b"k" * 23).decode(),
+        "whsec_" + b64encode(b"k" * 65).decode(),
+        "whsec_" + b64encode(b"k" * 32).decode()[:-1],
+        "whsec_" + b64encode(b"k" * 30).decode() + "\n",
+        "whsec_" + "é" * 40,
+        "whsec_whsec_" + b64encode(b"k" * 30).decode(),
+    ],
+)
+def test_what_is_no_webhooks_secret_is_told_and_not_repeated(secret: str) -> None:
+    with pytest.raises(ValueError, match=r"^is no secret of a webhook, expected whsec_ and base64 of 24 to 64 bytes$"):
+        signing_key(secret)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +448,15 @@ def test_patterns_name_models(patterns: tuple[str, ...], model: str, expected: b
     assert matches(patterns, model) is expected
 
 
-ONE_OF_COUNTS = "requests, input_tokens, output_tokens, total_tokens, usd, concurrent_requests"
-SECTIONS = "gateway, models, families, pools, routes, plans, teams"
+ONE_OF_COUNTS = "requests, input_tokens, uncached_input_tokens, output_tokens, total_tokens, usd, concurrent_requests"
+SECTIONS = "gateway, models, families, pools, routes, plans, organisations, teams"
+
+
+def tokens(members: str) -> str:
+    """A document whose fourth line is a limit of tokens, by the month unless the members say another kind."""
+    kind = "" if "rate:" in members else "quota: 5/month, "
+    return limit(f"name: l, count: total_tokens, {kind}per: [team], {members}")
+
 
 # A document `a.yaml`, and the line that it is answered with.
 MISTAKES = {
@@ -296,7 +465,7 @@ MISTAKES = {
         "gateway:\n  schema: strict\n  max_bdy: 1KiB",
         (
             "a.yaml:3 gateway.max_bdy: is unknown, expected one of "
-            "schema, profile, max_body, reserve, time_zone, perf_headers"
+            "schema, profile, max_body, reserve, when_store_fails, webhook, time_zone, perf_headers"
         ),
     ),
     "an unknown member far down": (
@@ -436,11 +605,124 @@ MISTAKES = {
     ),
     "a burst without a rate": (
         limit("name: l, count: usd, quota: 1/day, burst: 5, per: [team]"),
-        "a.yaml:4 plans.free.limits[0]: has a burst without a rate, expected one with rate only",
+        "a.yaml:4 plans.free.limits[0]: has burst without rate, expected it with rate only",
     ),
     "a time zone without a quota": (
         limit("name: l, count: usd, rate: 1/day, time_zone: UTC, per: [team]"),
-        "a.yaml:4 plans.free.limits[0]: has a time_zone without a quota, expected one with quota only",
+        "a.yaml:4 plans.free.limits[0]: has time_zone without quota, expected it with quota only",
+    ),
+    "a rolling rate": (
+        tokens("rate: 1/day, rolling: true"),
+        "a.yaml:4 plans.free.limits[0]: has rolling without quota, expected it with quota only",
+    ),
+    "a rolling quota in a time zone": (
+        tokens("rolling: true, time_zone: UTC"),
+        (
+            "a.yaml:4 plans.free.limits[0]: is rolling and has a time_zone, "
+            "expected one of them: time zones are of calendars"
+        ),
+    ),
+    "a string for a boolean": (
+        tokens("rolling: 'yes'"),
+        'a.yaml:4 plans.free.limits[0].rolling: "yes" is a string, expected true or false',
+    ),
+    "warnings of a rate": (
+        tokens("rate: 1/day, warn_at: [80%]"),
+        "a.yaml:4 plans.free.limits[0]: has warn_at without quota, expected it with quota only",
+    ),
+    "warnings of seats": (
+        limit("name: l, count: concurrent_requests, at_most: 5, per: [team], warn_at: [80%]"),
+        "a.yaml:4 plans.free.limits[0]: has warn_at without quota, expected it with quota only",
+    ),
+    **{
+        f"warnings at {shares}": (
+            tokens(f"warn_at: [{shares}]"),
+            (
+                "a.yaml:4 plans.free.limits[0]: has warn_at that does not ascend from above 0%, "
+                "expected shares such as [80%, 95%]"
+            ),
+        )
+        for shares in ("95%, 80%", "80%, 80%", "0%, 80%")
+    },
+    "a warning without its sign": (
+        tokens("warn_at: [80%, 0.9]"),
+        "a.yaml:4 plans.free.limits[0].warn_at[1]: 0.9 is no share, expected one from 0% to 100%",
+    ),
+    "a soft limit of nothing": (
+        tokens("soft: 0%"),
+        'a.yaml:4 plans.free.limits[0].soft: "0%" is too small, expected more than 0',
+    ),
+    "an unknown mode": (
+        tokens("mode: dry-run"),
+        'a.yaml:4 plans.free.limits[0].mode: "dry-run" is unknown, expected one of enforce, shadow',
+    ),
+    "an unknown reservation": (
+        tokens("reserve: p95"),
+        'a.yaml:4 plans.free.limits[0].reserve: "p95" is unknown, expected one of max, expected, input',
+    ),
+    "a reservation of what is known": (
+        limit("name: l, count: requests, rate: 1/day, per: [team], reserve: max"),
+        ("a.yaml:4 plans.free.limits[0]: reserves requests, which are known beforehand; expected tokens or usd there"),
+    ),
+    "an unknown way without a store": (
+        "gateway: {when_store_fails: lokal}",
+        'a.yaml:1 gateway.when_store_fails: "lokal" is unknown, expected one of local, open, closed',
+    ),
+    "a limit of no models": (
+        tokens("models: []"),
+        "a.yaml:4 plans.free.limits[0].models: holds nothing, expected at least 1 item",
+    ),
+    "a limit's pattern for no model": (
+        tokens("models: [llama, 'qwen*']") + MODELS + POOLS,
+        'a.yaml:4 plans.free.limits[0].models[1]: "qwen*" is not defined, expected one of llama',
+    ),
+    "a webhook without a secret": (
+        "gateway:\n  webhook: {url: 'https://a/b'}",
+        "a.yaml:2 gateway.webhook.secret_env: is missing",
+    ),
+    **{
+        f"a webhook to {url}": (
+            f"gateway:\n  webhook: {{url: '{url}', secret_env: HOOK}}",
+            f'a.yaml:2 gateway.webhook.url: "{url}" is no address, expected one such as https://hooks.example.com/limits',
+        )
+        for url in ("hooks", "http://u:p@a/", "http://a:99999/b", "http://a/b#c", "ftp://a/b", "http://999.0.0.1/")
+    },
+    "an organisation without a team": (
+        "organisations:\n  acm: {plan: free}\n" + PLANS + TEAMS,
+        'a.yaml:2 organisations.acm: "acm" has no team, expected one of acme',
+    ),
+    "an organisation where no team is": (
+        "organisations:\n  acme: {plan: free}\n" + PLANS,
+        'a.yaml:2 organisations.acme: "acme" has no team, expected one of (no team is defined)',
+    ),
+    "an organisation with an unknown plan": (
+        "organisations:\n  acme: {plan: fre}\n" + PLANS + TEAMS,
+        'a.yaml:2 organisations.acme.plan: "fre" is not defined, expected one of free',
+    ),
+    "an organisation with the plan of a team": (
+        "organisations:\n  acme: {plan: free}\n" + PLANS + TEAMS,
+        'a.yaml:2 organisations.acme.plan: "free" is the plan of one of its teams, too, expected another one',
+    ),
+    "a limit of a team that is called as one of its organisation": (
+        ORGANISATIONS.replace("name: rate", "name: spend"),
+        (
+            'a.yaml:3 plans.free.limits[0].name: "spend" stands in the plan acme of the organisation acme, too, '
+            "expected a name of its own"
+        ),
+    ),
+    "two limits with one count": (
+        SHARED % ("organisation", "900/month", "organisation", "acme"),
+        (
+            'a.yaml:3 plans.two.limits[0]: "spend" has one count in acme with that of the plan one, and differs, '
+            "expected the same members, or another name"
+        ),
+    ),
+    "two limits with one count that warn at other shares": (
+        SHARED % ("model", "500/month, warn_at: [80%]", "model", "acme"),
+        (
+            'a.yaml:3 plans.two.limits[0]: "spend" has one count in acme with that of the plan one, and differs, '
+            "expected the same members, or another name"
+        ),
     ),
     "an unknown time zone": (
         "gateway: {time_zone: Europe/Zürich}",
@@ -495,6 +777,13 @@ MISTAKES = {
     ),
     "a limit's name that stands twice": (
         limit("name: l, count: usd, rate: 1/day, per: [team]}\n      - {name: l, count: usd, rate: 1/day, per: [key]"),
+        'a.yaml:5 plans.free.limits[1].name: "l" stands twice in this plan, expected a name of its own',
+    ),
+    "a limit's name that stands twice for an organisation": (
+        limit(
+            "name: l, count: usd, rate: 1/day, per: [model]}\n      - {name: l, count: usd, rate: 2/day, per: [model]"
+        )
+        + TEAMS,
         'a.yaml:5 plans.free.limits[1].name: "l" stands twice in this plan, expected a name of its own',
     ),
     "a share without its sign": (
@@ -671,6 +960,41 @@ def test_addresses_that_a_wire_can_go_to_pass(tmp_path: Path, url: str) -> None:
 def test_addresses_that_no_wire_can_go_to_are_mistakes(tmp_path: Path, url: str) -> None:
     (found,) = mistakes(tmp_path, a=yaml.safe_dump({"pools": {"demo": {"upstreams": [{"url": url}]}}}))
     assert "is no address, expected one such as" in found
+
+
+# — what its page shows
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+def test_the_examples_of_the_page_are_in_the_language(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    found = Documents.model_validate(Source(tmp_path, Documents.model_fields).data)
+    assert found.model_fields_set
+
+
+def test_the_page_shows_how_a_webhook_is_verified() -> None:
+    """As Standard Webhooks signs one: what was signed is genuine, and with another key, id, time or body it is not."""
+    (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    page: dict[str, Any] = {}
+    exec(text, page)  # the page is ours
+    secret = "whsec_" + b64encode(b"k" * 32).decode()
+    named = {"webhook-id": "msg_1", "webhook-timestamp": "1790510400"}
+
+    def genuine(secret: str, body: bytes, **changed: str) -> bool:
+        signed = b"msg_1.1790510400.{}"
+        signature = b64encode(hmac.digest(b"k" * 32, signed, "sha256")).decode()
+        headers = {**named, "webhook-signature": f"v1,AAAA v1,{signature}"}
+        found: bool = page["genuine"](
+            secret, headers | {f"webhook-{name}": value for name, value in changed.items()}, body
+        )
+        return found
+
+    assert genuine(secret, b"{}")
+    assert not genuine("whsec_" + b64encode(b"l" * 32).decode(), b"{}")
+    assert not genuine(secret, b"{ }")
+    assert not genuine(secret, b"{}", id="msg_2")
+    assert not genuine(secret, b"{}", timestamp="1790510401")
+    assert not genuine(secret, b"{}", signature="v1,AAAA")
 
 
 # — whatever is written, a Snapshot or a PolicyError comes of it

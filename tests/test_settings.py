@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import Settings, SettingsError
+from gateway.settings import Settings, SettingsError, hosts
 
 READ: dict[str, tuple[str, Any]] = {
     "policies": ("/etc/gateway", Path("/etc/gateway")),
@@ -24,9 +24,40 @@ READ: dict[str, tuple[str, Any]] = {
 
 A_TIME = "expected a number from 0.001 to 60"
 AN_ADDRESS = (
-    "GATEWAY_REDIS_URL is another value, "
-    "expected an address that begins with redis://, rediss://, unix://, and a port that is a number"
+    "an address that begins with redis://, rediss://, unix://, redis+sentinel://, rediss+sentinel://, "
+    "redis+cluster://, rediss+cluster://"
 )
+A_PORT = "a host, and a port that is a number"
+A_SERVICE = "at its end the name of the service that the Sentinels watch: redis+sentinel://host:port/service"
+ONE_HOST = "one host; an address of several begins with redis+sentinel:// or redis+cluster://"
+WRONG_ADDRESSES = {
+    "http://:canary@valkey": AN_ADDRESS,
+    "canary": AN_ADDRESS,
+    "redis://": AN_ADDRESS,
+    "redis+cluster+sentinel://canary/limits": AN_ADDRESS,
+    "redis://:canary@valkey:canary": A_PORT,
+    "redis://:canary@valkey:0": A_PORT,
+    "redis://:canary@:6379": A_PORT,
+    "redis+cluster://:canary@one:1,two:canary": A_PORT,
+    "redis+cluster://:canary@one:1,": A_PORT,
+    "redis+sentinel://:canary@one:1,two:65536/limits": A_PORT,
+    "redis+sentinel://:canary@one,two": A_SERVICE,
+    "rediss+sentinel://:canary@one,two/": A_SERVICE,
+    "redis://:canary@one,two": ONE_HOST,
+    "redis://:canary@one/canary": "a database that is a number",
+    "redis+sentinel://one/limits/canary": "a database that is a number",
+    "redis+cluster://:canary@one/1": "no database, or 0: a cluster has no other",
+}
+ADDRESSES = [
+    "redis://valkey",
+    "redis://user:p%40ss@valkey:6380/1?ssl_cert_reqs=none",
+    "rediss://[::1]:6379",
+    "unix:///run/valkey.sock",
+    "redis+sentinel://one,two:26380,[fd00::3]:26379/limits",
+    "rediss+sentinel://user:pass@one:1/limits/3",
+    "redis+cluster://one",
+    "rediss+cluster://:pass@one:1,two:2/0",
+]
 MISTAKES = {
     ("port", "http"): 'GATEWAY_PORT is "http", expected a whole number',
     ("port", "80.5"): 'GATEWAY_PORT is "80.5", expected a whole number',
@@ -36,8 +67,10 @@ MISTAKES = {
     ("store_deadline", "nan"): f'GATEWAY_STORE_DEADLINE is "nan", {A_TIME}',
     ("drain", "inf"): 'GATEWAY_DRAIN is "inf", expected a number from 0 to 86400',
     ("log", "text"): 'GATEWAY_LOG is "text", expected one of auto, people, json',
-    ("redis_url", "http://:canary@valkey"): AN_ADDRESS,
-    ("redis_url", "redis://:canary@valkey:canary"): AN_ADDRESS,
+    **{
+        ("redis_url", address): f"GATEWAY_REDIS_URL is another value, expected {expected}"
+        for address, expected in WRONG_ADDRESSES.items()
+    },
 }
 
 
@@ -79,6 +112,15 @@ def test_a_mistake_names_the_variable_what_was_found_and_what_was_expected(
         Settings.read({f"GATEWAY_{name.upper()}": text})
     assert str(refused.value) == expected
     assert "canary" not in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_every_kind_of_store_has_an_address(address: str) -> None:
+    assert Settings.read({"GATEWAY_REDIS_URL": address}).redis_url == address
+
+
+def test_the_hosts_of_an_address_have_the_port_that_is_meant_where_none_is_written() -> None:
+    assert hosts("user:p@ss@one,two:7,[fd00::3]:8", 26379) == (("one", 26379), ("two", 7), ("fd00::3", 8))
 
 
 def test_secrets_do_not_show() -> None:

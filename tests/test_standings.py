@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -11,14 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import Dialect, GatewayError
-from gateway.snapshot import Limit
-from gateway.standings import Standing, _go_duration, refusal, standing_headers
+from gateway.language import Count
+from gateway.snapshot import STRETCHES, Limit
+from gateway.standings import Standing, _go_duration, refusal, shown, standing_headers
 from gateway.terms import Charge
 from tests.proving.limits import key_of, quota, rate, seats
 
 
-def standing(limit: Limit, remaining: int, reset: float = 0.0, amount: int = 1) -> Standing:
-    return Standing(Charge(limit, key_of(limit), "team research", amount), remaining, reset, 0)
+def standing(limit: Limit, remaining: int, reset: float = 0.0, amount: int = 1, held: int = 0) -> Standing:
+    return Standing(Charge(limit, key_of(limit), "team research", amount), remaining, reset, 0, held)
+
+
+def rolling(amount: int, window: str, *, name: str = "rolling", count: Count = "total_tokens") -> Limit:
+    limit = quota(amount, window, name=name, count=count)
+    return replace(limit, kind="rolling", period=STRETCHES[window] * 1_000_000, zone=None)
 
 
 REQUESTS = standing(rate(600, "minute", burst=100, name="team-requests"), 40, 6.0)
@@ -84,7 +92,68 @@ def test_of_each_sort_the_limit_with_the_least_left_is_shown() -> None:
         "x-ratelimit-limit-tokens": "100000",
         "x-ratelimit-remaining-tokens": "10000",
         "x-ratelimit-reset-tokens": "54s",
+        "x-ratelimit-limit-tokens-prompt": "1000000",
+        "x-ratelimit-remaining-tokens-prompt": "900000",
+        "x-ratelimit-limit-tokens-generated": "100000",
+        "x-ratelimit-remaining-tokens-generated": "10000",
     }
+
+
+def test_what_a_cache_did_not_have_of_a_prompt_is_a_sort_of_its_own_and_of_anthropics_input() -> None:
+    uncached = standing(rate(5000, "minute", name="uncached", count="uncached_input_tokens"), 4000, 1.0)
+    told = headers(uncached)
+    assert {name for name in told if "tokens" in name} == {
+        *(f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")),
+        *(f"x-ratelimit-{what}-tokens-cache-adjusted-prompt" for what in ("limit", "remaining")),
+    }
+    assert told["x-ratelimit-remaining-tokens-cache-adjusted-prompt"] == "4000"
+    assert headers(uncached, dialect="anthropic")["anthropic-ratelimit-input-tokens-remaining"] == "4000"
+
+
+def soft(share: float | None, remaining: int, *, shadow: bool = False) -> Standing:
+    return standing(replace(rate(100, "minute"), soft=share, shadow=shadow), remaining)
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic"])
+@pytest.mark.parametrize(
+    ("standings", "told"),
+    [
+        ((soft(None, 0),), None),
+        ((soft(0.8, 21),), "no"),
+        ((soft(0.8, 20),), "yes"),
+        ((soft(0.07, 94),), "no"),  # 0.07 of 100 is 7, and 7.000000000000001 in floats
+        ((soft(0.07, 93),), "yes"),
+        ((soft(1.0, 1),), "no"),
+        ((soft(1.0, 0),), "yes"),
+        ((soft(None, 0), soft(0.5, 60), soft(0.3, 60)), "yes"),
+        ((soft(0.8, 0, shadow=True),), None),
+        ((soft(0.8, 0, shadow=True), soft(0.8, 50)), "no"),
+    ],
+)
+def test_a_soft_limit_says_from_its_share_on_that_it_is_over(
+    standings: tuple[Standing, ...], told: str | None, dialect: Dialect
+) -> None:
+    assert headers(*standings, dialect=dialect).get("x-ratelimit-over-limit") == told
+
+
+@pytest.mark.parametrize("dialect", ["openai", "anthropic"])
+def test_a_limit_in_shadow_is_in_no_header(dialect: Dialect) -> None:
+    hidden = standing(replace(rate(5, "minute", name="hidden"), shadow=True), 0, 9.0)
+    assert headers(hidden, *ALL, hidden, dialect=dialect) == headers(*ALL, dialect=dialect)
+    assert headers(hidden, dialect=dialect) == {}
+
+
+def test_a_rolling_quota_tells_its_stretch_and_a_calendar_month_has_none() -> None:
+    some = [standing(rolling(9, window, name=window), 5, 7.0) for window in ("hour", "day", "week", "month")]
+    told = headers(*some, MONTH)
+    assert re.findall(r'"(\w+)";q=\d+(?:;w=(\d+))?', told["ratelimit-policy"]) == [
+        ("hour", "3600"),
+        ("day", "86400"),
+        ("week", "604800"),
+        ("month", "2592000"),
+        ("month", ""),
+    ]
+    assert told["ratelimit"].startswith('"hour";r=5;t=7, ')
 
 
 def test_the_limit_that_refuses_is_the_one_that_is_shown() -> None:
@@ -136,6 +205,62 @@ def test_a_rate_says_when_to_come_again() -> None:
     assert (told["retry-after"], told["retry-after-ms"]) == ("2", "1235")
     assert told["x-ratelimit-remaining-requests"] == "40"
     assert "x-should-retry" not in told
+
+
+@pytest.mark.parametrize(
+    ("held", "words"), [(0, ""), (25, "25 of them reserved by requests under way, "), (90, "60 of them reserved")]
+)
+def test_a_refusal_tells_what_of_it_requests_under_way_hold(held: int, words: str) -> None:
+    bound = standing(rate(600, "minute", burst=100), 40, 6.0, held=held)  # a rate refills while it is held
+    assert f"60 of 100 requests used, {words}" in refusal((bound,), bound, 1.0).message
+    assert ("reserved" in refusal((bound,), bound, 1.0).message) is bool(held)
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (quota(100, "month", name="q", count="output_tokens"), "this month"),
+        (rolling(100, "month", name="q", count="output_tokens"), "the last 30 days"),
+        (rolling(100, "week", name="q", count="output_tokens"), "the last 7 days"),
+        (rolling(100, "day", name="q", count="output_tokens"), "the last 24 hours"),
+        (rolling(100, "hour", name="q", count="output_tokens"), "the last 60 minutes"),
+    ],
+)
+def test_a_quota_that_only_reservations_fill_says_when_to_come_again(limit: Limit, words: str) -> None:
+    bound = standing(limit, 10, 5000.0, amount=30, held=40)
+    error = refusal((bound,), bound, 0.32, held_back=True)
+    assert (error.status, error.code, error.policies) == (429, "rate_limit_exceeded", ("q",))
+    assert error.message == (
+        f"team research has no room now in its quota q of {words}: 90 of 100 output tokens used, "
+        "40 of them reserved by requests under way, 30 asked for; try again in 320ms"
+    )
+    told = refused(error)
+    assert (told["retry-after"], told["retry-after-ms"]) == ("1", "320")
+    assert "x-should-retry" not in told
+
+
+@pytest.mark.parametrize(("wait", "told"), [(60.0, None), (60.1, "false")])
+def test_a_long_wait_is_told_and_sdks_are_told_not_to_wait_it(wait: float, told: str | None) -> None:
+    for bound in (REQUESTS, MONTH):
+        found = refused(refusal(ALL, bound, wait, held_back=bound is MONTH))
+        assert found.get("x-should-retry") == told
+        assert found["retry-after-ms"] == str(round(wait * 1000))
+
+
+def test_a_rolling_quota_that_is_used_up_says_when_it_has_room_again() -> None:
+    bound = standing(rolling(100, "week", name="week"), 10, 500_000.0, amount=30)
+    error = refusal((bound,), bound, 7200.0)
+    assert (error.code, error.policies) == ("insufficient_quota", ("week",))
+    assert error.message == (
+        "team research has exhausted its quota week of the last 7 days: 90 of 100 total tokens used, 30 asked for; "
+        "it has room again in 2h0m0s"
+    )
+    assert not {"retry-after", "retry-after-ms"} & refused(error).keys()
+    assert refused(error)["x-should-retry"] == "false"
+
+
+def test_a_quota_whose_next_window_begins_with_debt_says_when_it_has_room_again() -> None:
+    assert refusal(ALL, SPEND, 2_000_000.0).message.endswith("; it has room again in 555h33m20s")
 
 
 @pytest.mark.parametrize(
@@ -233,3 +358,71 @@ def test_a_refusal_names_its_limit_and_speaks_the_dialect(bound: Standing) -> No
     assert "anthropic-ratelimit-requests-limit" in told
     assert "x-ratelimit-limit-requests" not in told
     assert "x-ratelimit-limit-requests" in refused(refusal(ALL, bound, 1))
+
+
+# — the whole of it
+
+
+def test_a_limit_is_shown_with_what_is_used_reserved_and_left_of_it() -> None:
+    limit = replace(rate(1000, "minute", burst=100, name="out", count="output_tokens"), soft=0.7, models=("kimi*",))
+    assert shown(standing(limit, 30, 4.2001, held=50), NOON) == {
+        "name": "out",
+        "scope": "team research",
+        "models": ("kimi*",),
+        "kind": "rate",
+        "policy": "1000/minute",
+        "mode": "enforce",
+        "count": "output_tokens",
+        "unit": "output tokens",
+        "limit": 100,
+        "used": 20,
+        "reserved": 50,
+        "remaining": 30,
+        "over_soft_limit": True,
+        "reset_s": 4.201,
+        "resets_at": "2026-09-27T12:00:05Z",
+    }
+
+
+def test_dollars_are_shown_in_micro_dollars_and_in_dollars() -> None:
+    found = shown(standing(quota(500_000_000, "month", zone="Europe/Zurich", count="usd"), 1_250_001, 60.0), NOON)
+    amounts = {name: found[name] for name in ("unit", "policy", "limit", "used", "reserved", "remaining", "time_zone")}
+    assert amounts == {
+        "unit": "micro-dollars",
+        "policy": "500/month",
+        "limit": 500_000_000,
+        "used": 498_749_999,
+        "reserved": 0,
+        "remaining": 1_250_001,
+        "time_zone": "Europe/Zurich",
+    }
+    assert found["usd"] == {"limit": 500.0, "used": 498.749999, "reserved": 0.0, "remaining": 1.250001}
+    assert "over_soft_limit" not in found
+
+
+def test_seats_have_no_reset_and_rolling_quotas_no_time_zone() -> None:
+    open_ = shown(SEATS, NOON)
+    assert (open_["policy"], open_["used"], open_["reset_s"], open_["resets_at"]) == ("64 at once", 61, None, None)
+    week = shown(standing(rolling(9, "week"), 9, 3.0), NOON)
+    assert (week["policy"], week["reset_s"]) == ("9/week rolling", 3.0)
+    assert "time_zone" not in week
+
+
+@pytest.mark.parametrize(("shadow", "mode"), [(False, "enforce"), (True, "shadow")])
+def test_a_limit_in_shadow_is_shown_as_one(shadow: bool, mode: str) -> None:
+    assert shown(standing(replace(rate(5, "minute"), shadow=shadow), 0), NOON)["mode"] == mode
+
+
+@given(st.integers(0, 10**15), st.integers(0, 10**15), st.integers(0, 10**15), st.floats(0, 1e9))
+def test_what_is_used_reserved_and_left_adds_up_and_is_json(amount: int, taken: int, held: int, reset: float) -> None:
+    limit = rate(amount + 1, "day", count="usd")
+    found = shown(standing(limit, max(0, amount + 1 - taken), reset, held=held))
+    used, reserved, remaining = (found[what] for what in ("used", "reserved", "remaining"))
+    assert isinstance(used, int)
+    assert isinstance(reserved, int)
+    assert isinstance(remaining, int)
+    assert used >= 0 <= reserved
+    assert used + reserved + remaining == found["limit"]
+    assert json.loads(json.dumps(found))["usd"].keys() == {"limit", "used", "reserved", "remaining"}
+    assert isinstance(found["reset_s"], float)
+    assert reset - 1e-6 <= found["reset_s"] <= reset + 0.0011

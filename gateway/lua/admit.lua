@@ -1,4 +1,3 @@
-#!lua
 -- Admit requests: all limits of each or none of them, decided one after the other on the server's clock.
 --
 -- Everything is read, then everything is decided, then everything is written: a script is atomic, but what it wrote
@@ -6,112 +5,177 @@
 -- is read once and written once.
 --
 -- KEYS, for each request: its reservation, then the count of each limit.
--- ARGV: the requests in MessagePack (one value is read several times faster than thirty), seat lease ms,
---   reservation ms. A request is {id, intent, limits}, a limit is
---   rate:  {'r', amount, capacity, units per period, period us}    count: "<at us> <backlog us> <us per unit>"
---   quota: {'q', amount, capacity, four window starts s}           count: "<window start s> <used>"
---   seats: {'s', amount, capacity}                                 count: sorted set, id -> expiry us
--- Returns, for each request: verdict, binding limit, wait us; then for each limit: remaining, reset us, window.
+-- ARGV: the requests in MessagePack, seat lease ms, reservation ms. A request is {id ('': it only looks), intent,
+--   limits}, a limit is {kind, amount, capacity, flags, then}
+--   rate 'r':    units per period, period us
+--   quota 'q':   a window's nominal length s, four window starts s, thresholds in units, ascending
+--   rolling 'w': stretch us, thresholds
+--   seats 's':   nothing
+--   Flags: 1 what is taken is held until it is settled; 2 the limit is in shadow.
+-- Returns, for each request: verdict, binding limit, wait us, soonest us; then for each limit: remaining, reset us,
+--   window, held, flags.
 --   verdict 1 admitted, 0 refused (binding: the limit with the longest wait, one that waits for a seat has none),
---   2 admitted before under the same id, 3 given up before it arrived, 4 binding holds something that is no count.
+--   2 admitted before under the same id, 3 given up before it arrived, 4 binding holds something that is no count,
+--   5 looked: the rest says what would be.
+--   It fits after `wait` if nothing that is held comes back early, after `soonest` if all of it comes back now.
+--   flags: 1 the limit is in shadow and would have refused, nothing was taken of it; the rest (/ 2) is the number of
+--   the highest threshold that this request was the first to reach.
 
-local ADMITTED, REFUSED, REPEATED, GIVEN_UP, FOREIGN = 1, 0, 2, 3, 4
+local ADMITTED, REFUSED, REPEATED, GIVEN_UP, FOREIGN, LOOKED = 1, 0, 2, 3, 4, 5
 local GONE = '-' -- the mark of a request that its gateway has given up, see settle.lua
-local LONGEST = 2 ^ 53 -- us, 285 years: what a double and an expiry can hold
 
-local format, floor, ceil, min, max = string.format, math.floor, math.ceil, math.min, math.max
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
 local now_text = format('%.0f', now) -- tostring() keeps 14 digits only
 local requests, seat_lease, reservation_ms = cmsgpack.unpack(ARGV[1]), ARGV[2], ARGV[3]
-local held = redis.call('MGET', unpack(KEYS)) -- what is no string reads as absent
 
--- Three kinds of limit, and for each how its count is read (false: it is no count), how long a request has to wait
--- (nil: it fits), how it is taken, told and written.
-local RATE, QUOTA, SEATS = {}, {}, {}
-local KINDS = {r = RATE, q = QUOTA, s = SEATS}
+-- For each kind: how its count is begun (false: it is no count), how long a request has to wait and how long at least
+-- (nil: it fits), how it is taken (returns the threshold that is reached), told and written.
 
--- GCRA in its leaky-bucket form (ITU-T I.371, annex A): the backlog is the time that it takes to drain what was taken.
--- Kept as an instant and a duration, the fraction of a microsecond survives: 10^12 tokens a minute are counted as well
--- as one request an hour.
-function RATE.read(key, text, limit)
-  if not text then return redis.call('EXISTS', key) == 0 and {backlog = 0, unit = limit[5] / limit[4]} end
-  local at, backlog, unit = string.match(text, '^(%d+) ([%d.e+-]+) ([%d.e+-]+)$')
-  backlog, unit = tonumber(backlog), tonumber(unit)
-  if not (backlog and unit and unit > 0) then return false end
-  return {backlog = max(0, backlog - max(0, now - at)), unit = unit}
+function RATE.open(key, text, limit)
+  local unit = limit[6] / limit[5]
+  local count = RATE.read(key, text, unit)
+  if not count then return false end
+  local fill = limit[3] * unit
+  count.fill = fill
+  if now - count.at >= fill then
+    count.held, count.earlier, count.drained, count.since = 0, 0, 0, now
+  elseif now - count.since >= fill then
+    count.drained = max(0, count.drained - count.earlier * unit)
+    count.held, count.earlier, count.since = 0, count.held, now
+  end
+  return count
 end
 
 -- Rounding is not refused, and is never a whole unit.
-local function full(limit, unit)
-  local exact = limit[3] * unit
-  return exact + min(exact * 1e-12, unit / 2)
-end
+local function full(count) return count.fill + min(count.fill * 1e-12, count.unit / 2) end
 
 function RATE.wait(count, limit)
-  local unit = limit[5] / limit[4]
-  if count.unit ~= unit then -- another rate than before: what was taken is so many units, not so much time
-    count.backlog, count.unit = count.backlog / count.unit * unit, unit
+  local unit = count.unit
+  local over = count.backlog + limit[2] * unit - full(count)
+  if over > 0 then
+    return ceil(over), floor(max(0, over - max(0, (count.held + count.earlier) * unit - count.drained)))
   end
-  local over = count.backlog + limit[2] * unit - full(limit, unit)
-  return over > 0 and ceil(over) or nil
 end
 
-function RATE.take(count, limit) count.backlog = count.backlog + limit[2] * count.unit end
-
-function RATE.tell(count, limit)
-  return floor((full(limit, count.unit) - count.backlog) / count.unit), ceil(count.backlog), 0
-end
-
-function RATE.write(key, count) -- gone when it would read as zero
-  redis.call('SET', key, format('%s %.17g %.17g', now_text, count.backlog, count.unit),
-    'PX', format('%.0f', min(count.backlog, LONGEST) / 1000 + 1000))
-end
-
--- A calendar window: the latest start that is not in the future. A window that the store has seen begin is never left
--- for an earlier one, whatever a clock does.
-function QUOTA.read(key, text, limit)
-  local window, used = 0, 0
-  if text then
-    window, used = string.match(text, '^(%d+) (%d+)$')
-    window, used = tonumber(window), tonumber(used)
-    if not used then return false end
-  elseif redis.call('EXISTS', key) == 1 then
-    return false
+function RATE.take(count, limit)
+  count.backlog = count.backlog + limit[2] * count.unit
+  if flag(limit[4], HOLDS) then
+    if count.held + count.earlier == 0 then count.since = now end
+    count.held = count.held + limit[2]
   end
-  local at, place = max(now, window * 1000000), 4
-  while place < 6 and at >= limit[place + 1] * 1000000 do place = place + 1 end
-  if window < limit[place] then window, used = limit[place], 0 end
-  -- Kept for longer than any of the windows, whatever the clocks of the gateways say.
-  return {window = window, used = used, ends = limit[place + 1] * 1000000, kept = limit[7] - limit[4]}
+  return 0
+end
+
+function RATE.tell(count)
+  return floor((full(count) - count.backlog) / count.unit), ceil(count.backlog), 0, count.held + count.earlier
+end
+
+-- The place of each quota's window among the starts of its limit.
+local places = {}
+local STARTS, STARTS_END = 6, 9
+
+-- The latest window whose start is not in the future. One that the store has seen begin is never left for an earlier
+-- one, whatever a clock does.
+function QUOTA.open(key, text, limit)
+  local count = QUOTA.read(key, text)
+  if not count then return false end
+  local at, place = max(now, count.window * 1000000), STARTS
+  while place < STARTS_END - 1 and at >= limit[place + 1] * 1000000 do place = place + 1 end
+  if count.window < limit[place] then
+    QUOTA.begin(count, limit[place], place > STARTS and limit[place - 1], limit[3], limit[5])
+  end
+  places[count] = place
+  return count
+end
+
+-- Until there is room for so many units that do not fit now: as many windows have to begin as their capacity holds.
+local function windows(count, limit, over)
+  if over <= 0 then return 0 end
+  local place = places[count] + ceil(over / limit[3])
+  local start = limit[min(place, STARTS_END)] + max(0, place - STARTS_END) * limit[5]
+  return max(1, start * 1000000 - now)
 end
 
 function QUOTA.wait(count, limit)
-  return count.used + limit[2] > limit[3] and max(1, count.ends - now) or nil
+  local over = count.used + limit[2] - limit[3]
+  if over > 0 then return windows(count, limit, over), windows(count, limit, over - QUOTA.held(count)) end
 end
 
-function QUOTA.take(count, limit) count.used = count.used + limit[2] end
-
-function QUOTA.tell(count, limit) return limit[3] - count.used, max(0, count.ends - now), count.window end
-
-function QUOTA.write(key, count)
-  redis.call('SET', key, format('%.0f %.0f', count.window, count.used), 'EX', format('%.0f', count.kept))
+function QUOTA.take(count, limit)
+  count.used = count.used + limit[2]
+  if flag(limit[4], HOLDS) then count.held = count.held + limit[2] end
+  local number = reached(limit, STARTS_END + 1, count.used - QUOTA.held(count), count.told)
+  if number > 0 then count.told = number end
+  return number
 end
 
-function SEATS.read(key)
+function QUOTA.tell(count, limit)
+  local ends = limit[places[count] + 1] * 1000000
+  return limit[3] - count.used, max(0, ends - now), count.window, QUOTA.held(count)
+end
+
+function QUOTA.write(key, count, limit) QUOTA.keep(key, count, limit[3], limit[5]) end
+
+if rolls then
+  function ROLLING.open(key, text, limit) return ROLLING.read(key, text, limit[5], limit[3]) end
+
+  -- How long it takes until so many units fit, with what is held or without it: let buckets fall out until they do.
+  local function falling(count, amount, held)
+    local copy = {list = {}, first = 1, capacity = count.capacity, debt = count.debt, used = 0, held = 0}
+    local list = count.list
+    for i = count.first, #list, 3 do
+      ROLLING.put(copy, list[i], list[i + 1] - (held and 0 or list[i + 2]), 0)
+    end
+    ROLLING.absorb(copy, count.running)
+    local bucket = 0
+    while copy.used + copy.debt + amount > copy.capacity and copy.first < #copy.list do
+      bucket = ROLLING.fall(copy, LONGEST)
+    end
+    return bucket == 0 and 0 or max(1, bucket * count.width - now)
+  end
+
+  function ROLLING.wait(count, limit)
+    if count.used + count.debt + limit[2] > limit[3] then
+      return falling(count, limit[2], true), falling(count, limit[2], false)
+    end
+  end
+
+  function ROLLING.take(count, limit)
+    ROLLING.put(count, count.running, limit[2], flag(limit[4], HOLDS) and limit[2] or 0)
+    local number = reached(limit, 6, count.used + count.debt - count.held, count.told)
+    if number > 0 then count.told, count.told_in = number, count.running end
+    return number
+  end
+
+  -- It is full again when the newest bucket of which something is used has fallen out, and no debt is left.
+  function ROLLING.tell(count, limit)
+    local list, last, reset = count.list, #count.list - 2, 0
+    while last >= count.first and list[last + 1] == 0 do last = last - 3 end
+    if count.debt > 0 then
+      reset = falling(count, limit[3], true)
+    elseif last >= count.first then
+      reset = (list[last] + COUNTING) * count.width - now
+    end
+    return limit[3] - count.used - count.debt, reset, count.running, count.held
+  end
+end
+
+function SEATS.open(key)
   local live = redis.pcall('ZCOUNT', key, '(' .. now_text, '+inf')
   return type(live) == 'number' and {live = live, taken = {}}
 end
 
-function SEATS.wait(count, limit) return count.live + limit[2] > limit[3] and 0 or nil end
+function SEATS.wait(count, limit)
+  if count.live + limit[2] > limit[3] then return 0, 0 end
+end
 
 local expiry = format('%.0f', now + seat_lease * 1000)
 function SEATS.take(count, limit, id)
   local taken = count.taken
   count.live, taken[#taken + 1], taken[#taken + 2] = count.live + limit[2], expiry, id
+  return 0
 end
 
-function SEATS.tell(count, limit) return limit[3] - count.live, 0, 0 end
+function SEATS.tell(count, limit) return limit[3] - count.live, 0, 0, 0 end
 
 function SEATS.write(key, count)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now_text)
@@ -123,49 +187,56 @@ local counts, changed, reserved, replies, index = {}, {}, {}, {}, 1
 for number, request in ipairs(requests) do
   local first, id, limits = index, request[1], request[3]
   local reservation = KEYS[first]
-  local verdict, binding, longest = ADMITTED, 0, 0
-  local before = held[first] or reserved[reservation]
-  if before then verdict = before == GONE and GIVEN_UP or REPEATED end
+  local verdict, binding, longest, soonest, flags = ADMITTED, 0, -1, 0, {}
+  local before = id ~= '' and (found[first] or reserved[reservation])
 
   for place, limit in ipairs(limits) do
     index = first + place
     local key, kind = KEYS[index], KINDS[limit[1]]
     local count = counts[key]
     if count == nil then
-      count = kind.read(key, held[index], limit)
+      count = kind.open(key, found[index], limit)
       counts[key] = count
     end
-    local wait = count and kind.wait(count, limit)
-    if verdict <= ADMITTED then
-      if not count then
-        verdict, binding, longest = FOREIGN, place, 0
-      elseif wait then
-        if verdict == ADMITTED or wait > longest then binding, longest = place, wait end
-        verdict = REFUSED
-      end
+    local wait, least = nil, nil
+    if count then wait, least = kind.wait(count, limit) end
+    flags[place] = 0
+    if flag(limit[4], SHADOW) then
+      if wait or not count then flags[place] = 1 end
+    elseif not count and verdict ~= FOREIGN then
+      verdict, binding, longest, soonest = FOREIGN, place, 0, 0
+    elseif wait and verdict ~= FOREIGN then
+      if wait > longest then binding, longest = place, wait end
+      verdict, soonest = REFUSED, max(soonest, least)
     end
   end
   index = index + 1
-
-  if verdict == ADMITTED then
+  if before then
+    verdict, binding, longest, soonest = before == GONE and GIVEN_UP or REPEATED, 0, 0, 0
+  elseif id == '' then
+    verdict = LOOKED
+  elseif verdict == ADMITTED then
     reserved[reservation] = now_text .. ' ' .. request[2]
     for place, limit in ipairs(limits) do
-      local key, kind = KEYS[first + place], KINDS[limit[1]]
-      kind.take(counts[key], limit, id)
-      changed[key] = kind
+      if flags[place] == 0 then
+        local key, kind = KEYS[first + place], KINDS[limit[1]]
+        flags[place] = 2 * kind.take(counts[key], limit, id)
+        changed[key] = limit
+      end
     end
   end
 
-  local reply = {verdict, binding, min(longest, LONGEST)}
+  local reply = {verdict, binding, min(max(0, longest), LONGEST), min(soonest, LONGEST)}
   for place, limit in ipairs(limits) do
-    local count, remaining, reset, window = counts[KEYS[first + place]], 0, 0, 0
-    if count then remaining, reset, window = KINDS[limit[1]].tell(count, limit) end
+    local count, remaining, reset, window, held = counts[KEYS[first + place]], 0, 0, 0, 0
+    if count then remaining, reset, window, held = KINDS[limit[1]].tell(count, limit) end
     local size = #reply
     reply[size + 1], reply[size + 2], reply[size + 3] = max(0, remaining), min(reset, LONGEST), window
+    reply[size + 4], reply[size + 5] = held, flags[place]
   end
   replies[number] = reply
 end
 
-for key, kind in pairs(changed) do kind.write(key, counts[key]) end
+for key, limit in pairs(changed) do KINDS[limit[1]].write(key, counts[key], limit) end
 for reservation, intent in pairs(reserved) do redis.call('SET', reservation, intent, 'PX', reservation_ms) end
 return replies

@@ -292,9 +292,9 @@ async def test_8_no_answer_no_charge(store_url: str) -> None:
         key = await house.key()
         assert await ends_by_itself(house, key) == 502
         await house.settled()
-        with redis.Redis.from_url(store_url) as store:
-            counts: list[Any] = [store.get(key) for key in store.scan_iter() if b":rate:" in key or b":quota:" in key]
-        assert [count.split()[1] for count in counts if count] == [b"0"] * len(counts)
+        async with house.client(key) as client:
+            counts = (await client.get("/v1/limits")).json()["data"]
+        assert [(count["used"], count["reserved"]) for count in counts] == [(0, 0)] * 3
         assert [(row["output_tokens"], row["source"], row["ended"]) for row in rows(store_url)] == [
             (0, "none", "upstream")
         ]

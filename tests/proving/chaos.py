@@ -15,8 +15,10 @@
     reset_after   the same by RST
     black_hole    bytes are taken and lost; a connection that lost some carries nothing ever after
 
-`refuse()` closes the listener and leaves open connections alone, `accept()` opens it again on the same port. A fault
-holds for the next piece of every connection; positions count from a connection's first byte in that direction.
+`refuse()` closes the listener and leaves open connections alone, `accept()` opens it again on the same port. While
+`turn_away` is set who connects is reset at once, and counted; `hang_up()` resets every open connection. `lead_to()` is
+for new connections. A fault holds for the next piece of every connection; positions count from a connection's first
+byte in that direction.
 """
 
 from __future__ import annotations
@@ -63,12 +65,14 @@ class Way:
 
 
 class Chaos:
-    """Listens while it is entered. `connections` were accepted, `live` are open, `idle` is set while none is."""
+    """Listens while it is entered. `arrivals` are when connections were accepted, in the loop's time; `connections` is
+    how many there were, `live` are open, `idle` is set while none is."""
 
     def __init__(self, target: str) -> None:
         self.up = Way()
         self.down = Way()
-        self.connections = 0
+        self.turn_away = False
+        self.arrivals: list[float] = []
         self.live = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -76,9 +80,14 @@ class Chaos:
         self._target = urlsplit(target)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._near: set[asyncio.StreamWriter] = set()
 
     def __repr__(self) -> str:
         return f"<Chaos on {self.port}, {self.live} of {self.connections} open, up {self.up}, down {self.down}>"
+
+    @property
+    def connections(self) -> int:
+        return len(self.arrivals)
 
     @property
     def url(self) -> str:
@@ -110,12 +119,24 @@ class Chaos:
             server.close()
             await asyncio.sleep(0)  # uvloop closes the socket in the next turn
 
+    def hang_up(self) -> None:
+        """Reset every open connection."""
+        for writer in self._near:
+            reset(writer)
+
+    def lead_to(self, target: str) -> None:
+        """Who connects from now on is connected with this party."""
+        self._target = urlsplit(target)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        self.connections += 1
+        self.arrivals.append(asyncio.get_running_loop().time())
+        if self.turn_away:
+            return reset(writer)
+        self._near.add(writer)
         self.live += 1
         self.idle.clear()
         near, far = _End(reader, writer), None
@@ -129,6 +150,7 @@ class Chaos:
             for end in (near, far):
                 if end is not None:
                     end.writer.transport.abort()
+            self._near.discard(writer)
             self.live -= 1
             if not self.live:
                 self.idle.set()

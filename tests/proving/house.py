@@ -82,8 +82,7 @@ class House:
 
     async def settled(self) -> None:
         """Until every request that has ended is settled."""
-        admission = self.gateway.admission
-        while admission._live or admission._unsettled:
+        while not self.gateway.admission.idle:
             await asyncio.sleep(0.005)
 
 

