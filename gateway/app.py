@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 
+import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -49,6 +50,8 @@ from gateway.telemetry import observer
 from gateway.terms import Charge, may_use
 
 _INFERENCE = {f"{prefix}/{name}".encode(): endpoint for prefix in PREFIXES for name, endpoint in ENDPOINTS.items()}
+
+_log = structlog.get_logger("gateway")
 
 # A path that may be a route's, without the prefix that the reference's server URL has before it.
 _SEGMENT = rb"(?!\.{1,2}(?:[/;]|\Z))(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+"  # `..;` is `..` to Tomcat
@@ -257,6 +260,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
     tasks = [asyncio.ensure_future(work) for work in (keys.follow(), gateway.admission.keep_up(), followed)]
+    for task in tasks:
+        task.add_done_callback(_over)
     try:
         yield gateway
     finally:
@@ -267,6 +272,12 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
+
+
+def _over(task: asyncio.Future[None]) -> None:
+    """What goes on for ever has ended: nobody would hear of it otherwise, and the gateway serve on without it."""
+    if not task.cancelled() and (defect := task.exception()) is not None:
+        _log.error("task_died", task=repr(task), exc_info=defect)
 
 
 def pepper(settings: Settings) -> bytes:

@@ -62,7 +62,7 @@ class Input(msgspec.Struct, frozen=True, gc=False):
 _READ = frozenset(
     (
         *("messages", "system", "instructions", "input", "prompt", "documents"),
-        *("tools", "functions", "response_format", "text"),
+        *("tools", "functions", "response_format", "text", "chat_template", "chat_template_kwargs"),
     )
 )
 _SHOWING = ("messages", "system", "input")  # in which images are images, and no text of a tool's
@@ -76,7 +76,10 @@ def input_of(members: Members, values: Values) -> Input:
         if isinstance(prompts := values.get(name), Prompts):
             shown = values.get("images")
             images = 0 if shown is None else sum(shown.numbers)
-            return Input(prompts.number, prompts.size, prompts.tokens, images, _ENDS * prompts.number)
+            size, tokens = prompts.size, prompts.tokens
+            if more := prompts.number * sum(len(raw) for name, raw in members if name == "suffix"):
+                size, tokens = size + (tokens or 0) + more, None  # what follows a gap is text, and read with each
+            return Input(prompts.number, size, tokens, images, _ENDS * prompts.number)
     if isinstance(documents := values.get("documents"), Prompts):  # each is read beside the query
         number, query = documents.number, len(values["query"])
         return Input(number, documents.size + number * query, margin=_ENDS * number)

@@ -256,6 +256,9 @@ class Node:
                 await connection.read_response()
             await connection.send_packed_command(packed, check_health=False)
             return await client.parse_response(connection, name, **options)
+        except RuntimeError as closed:  # uvloop's word for a connection that was reset while nobody looked
+            await connection.disconnect(nowait=True)
+            raise redis.exceptions.ConnectionError("the connection was reset") from closed
         finally:
             await pool.release(connection)
 

@@ -167,6 +167,23 @@ async def test_a_row_that_cannot_be_written_waits_until_it_can(either_store_url:
             assert lease.standings[0].remaining == 10 - 1 - 5
 
 
+async def test_rows_that_cannot_be_written_do_not_keep_others_waiting(
+    either_store_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settlements, "_ROUND", 4)
+    store.set(ledger_stream("acme"), "not a stream")
+    async with wire(either_store_url) as line, gateways(line.url, deadline=0.3) as (admission,):
+        async with AsyncExitStack() as held:
+            for organisation in ("acme",) * 4 + ("other",):
+                bound = terms([rate(10, "day")], organisation=organisation)
+                await held.enter_async_context(admission.admit(Request(bound)))
+            held.push_async_callback(until, lambda: admission._store.away)
+            line.cuts = True
+            held.push_async_callback(admission._store.call, admission._store.client.ping) if False else None
+        await until(lambda: store.xlen(ledger_stream("other")) == 1)
+        assert admission.unsettled == 4
+
+
 # — what is lost on the way
 
 
@@ -266,7 +283,7 @@ async def test_a_caller_who_leaves_while_he_is_settled_is_settled(
         with pytest.raises(asyncio.CancelledError):
             await leaving
         assert (store.zcard(key_of(seats(1))), store.xlen(ledger_stream("acme"))) == (0, 1)
-        assert admission.idle
+        await until(lambda: admission.idle)
 
 
 async def test_what_is_left_at_the_end_is_settled_by_finish(either_store_url: str, store: redis.Redis) -> None:
@@ -339,6 +356,19 @@ async def test_who_asks_for_less_is_asked_about(either_store_url: str) -> None:
         await refused(admission, Request(terms([tokens], {"rate": 50})))
         async with admission.admit(Request(terms([tokens], {"rate": 40}))):
             pass
+
+
+async def test_who_asks_for_more_is_told_how_long_that_takes(either_store_url: str) -> None:
+    """Though it is refused without asking: what is told is for what it asks."""
+    tokens = rate(3600, "hour", count="input_tokens")
+    async with gateways(either_store_url) as (admission,):
+        async with admission.admit(Request(terms([tokens], {"rate": 3600}), {"rate": 3600})):
+            pass
+        await refused(admission, Request(terms([tokens], {"rate": 100})))
+        assert admission._shut
+        error = await refused(admission, Request(terms([tokens], {"rate": 3000})))
+        assert error.retry_after == pytest.approx(3000, abs=30)
+        assert "3000 asked for" in str(error)
 
 
 async def test_a_limit_of_new_policies_is_asked_about(either_store_url: str) -> None:
@@ -494,6 +524,15 @@ async def test_what_is_closed_without_the_store_is_refused_and_says_so(either_st
         admission._store.away = False
 
 
+async def test_who_is_refused_in_one_trip_with_others_is_told_once_that_the_store_is_away(either_store_url: str) -> None:
+    async with gateways(either_store_url) as (admission,):
+        admission._store.away = True
+        bound = terms([rate(5, "day")], closed=True)
+        errors = await asyncio.gather(*(refused(admission, Request(bound)) for _ in range(5)))
+        assert [error.extra_headers for error in errors] == [[(b"x-gateway-limits", b"degraded")]] * 5
+        admission._store.away = False
+
+
 async def test_what_is_open_without_the_store_is_served_and_counted_afterwards(
     either_store_url: str, store: redis.Redis
 ) -> None:
@@ -561,3 +600,22 @@ async def test_a_worker_whose_seats_have_lapsed_learns_it(
             store.delete(key_of(seat))
             await until(lambda: any(line["event"] == "seats_lapsed" for line in lines))
         assert store.zcard(key_of(seat)) == 1
+
+
+async def test_a_seat_that_was_taken_although_its_answer_came_too_late_is_renewed(
+    either_store_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission_module, "_RENEW_EVERY", 0.0)
+    seat = seats(1)
+    async with wire(either_store_url) as line, gateways(line.url, deadline=0.3) as (admission,):
+        async with admission.admit(Request(terms([seat]))):
+            pass
+        line.held.clear()
+        async with admission.admit(Request(terms([seat]))) as lease:
+            assert lease.degraded
+            line.held.set()
+            await until(lambda: store.zscore(key_of(seat), lease.id) is not None)
+            first: Any = store.zscore(key_of(seat), lease.id)
+            await until(lambda: store.zscore(key_of(seat), lease.id) > first)
+        await until(lambda: admission.idle)
+        assert store.zcard(key_of(seat)) == 0

@@ -52,6 +52,15 @@ def test_text_has_a_token_for_each_byte_at_most_and_tokens_are_counted(prompt: A
     assert sized("embeddings", input=prompt) == found
 
 
+def test_what_a_template_is_given_and_what_follows_a_gap_is_read_too() -> None:
+    """As members that the contract does not know: Llama 3.1's template writes its date_string into every prompt."""
+    for name in ("chat_template", "chat_template_kwargs"):
+        value = {"date_string": LETTERS}
+        assert sized("chat/completions", messages=[MESSAGE], **{name: value}).size == written([MESSAGE], value)
+    assert sized("completions", prompt=["ab", "cd"], suffix=LETTERS).bound >= 2 * (2 + len(LETTERS))
+    assert sized("completions", prompt=[1, 2, 3], suffix=LETTERS).bound >= 3 + len(LETTERS)
+
+
 @pytest.mark.parametrize(("bytes_per_token", "expected"), [(0.5, 20), (3.0, 4), (4.0, 3), (16.0, 1)])
 def test_an_estimate_is_of_so_many_bytes_a_token_rounded_up(bytes_per_token: float, expected: int) -> None:
     assert sized("completions", prompt="ten bytes!").at(bytes_per_token) == expected

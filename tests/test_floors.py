@@ -25,7 +25,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "redis": ("topology", "store", "embedded", "admission"),  # admission: for the name of one exception
     "rich": ("cli",),
     "starlette": ("app", "echo"),
-    "structlog": ("telemetry", "store", "alerts", "settlements", "admission", "upstream", "reload", "cli"),
+    "structlog": ("telemetry", "app", "store", "alerts", "settlements", "admission", "upstream", "reload", "cli"),
     "typer": ("cli",),
     "uvicorn": ("server", "cli"),
     "uvloop": ("cli",),

@@ -225,6 +225,23 @@ async def test_a_certificate_that_nobody_trusts_is_told_and_one_that_is_trusted_
             assert await count(store, "k") == 1
 
 
+async def test_a_silent_store_behind_tls_is_used_again_when_it_goes_on(
+    keys_of_tls: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R3. It does not agree to the end of a connection either."""
+    monkeypatch.setattr(topology, "_CLOSES_SECONDS", 0.1, raising=False)
+    with tls(keys_of_tls) as (server, address):
+        async with opened(address) as store:
+            await count(store, "k")
+            server.stop()
+            with pytest.raises(StoreUnavailable):
+                await count(store, "k")
+            await asyncio.sleep(6)
+            server.go_on()
+            await asyncio.wait_for(store.back(), 3)
+            assert await count(store, "k") >= 2
+
+
 # — Sentinels
 
 

@@ -14,7 +14,8 @@
 --   Flags: 1 what is taken is held until it is settled; 2 the limit is in shadow.
 -- Returns, for each request: verdict, binding limit, wait us, soonest us; then for each limit: remaining, reset us,
 --   window, held, flags.
---   verdict 1 admitted, 0 refused (binding: the limit with the longest wait, one that waits for a seat has none),
+--   verdict 1 admitted, 0 refused (binding: the limit that is the last to open even if all that is held comes back,
+--   and of several the one with the longest wait; one that waits for a seat has none, both are of it),
 --   2 admitted before under the same id, 3 given up before it arrived, 4 binding holds something that is no count,
 --   5 looked: the rest says what would be.
 --   It fits after `wait` if nothing that is held comes back early, after `soonest` if all of it comes back now.
@@ -45,14 +46,15 @@ function RATE.open(key, text, limit)
   return count
 end
 
--- Rounding is not refused, and is never a whole unit.
-local function full(count) return count.fill + min(count.fill * 1e-12, count.unit / 2) end
+-- How many units there is room for. Rounding is not refused, and is never a whole unit.
+local function room(count)
+  return (count.fill + min(count.fill * 1e-12, count.unit / 2) - count.backlog) / count.unit
+end
 
 function RATE.wait(count, limit)
-  local unit = count.unit
-  local over = count.backlog + limit[2] * unit - full(count)
+  local over = (limit[2] - room(count)) * count.unit
   if over > 0 then
-    return ceil(over), floor(max(0, over - max(0, (count.held + count.earlier) * unit - count.drained)))
+    return ceil(over), floor(max(0, over - max(0, (count.held + count.earlier) * count.unit - count.drained)))
   end
 end
 
@@ -66,7 +68,7 @@ function RATE.take(count, limit)
 end
 
 function RATE.tell(count)
-  return floor((full(count) - count.backlog) / count.unit), ceil(count.backlog), 0, count.held + count.earlier
+  return floor(room(count)), ceil(count.backlog), 0, count.held + count.earlier
 end
 
 -- The place of each quota's window among the starts of its limit.
@@ -206,8 +208,10 @@ for number, request in ipairs(requests) do
     elseif not count and verdict ~= FOREIGN then
       verdict, binding, longest, soonest = FOREIGN, place, 0, 0
     elseif wait and verdict ~= FOREIGN then
-      if wait > longest then binding, longest = place, wait end
-      verdict, soonest = REFUSED, max(soonest, least)
+      verdict = REFUSED
+      if least > soonest or least == soonest and wait > longest then
+        binding, longest, soonest = place, wait, least
+      end
     end
   end
   index = index + 1

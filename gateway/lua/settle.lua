@@ -32,13 +32,13 @@ function RATE.correct(count, correction, at)
   local difference, amount, unit = correction[2], correction[3], count.unit
   local passed, taken = max(0, now - at), amount * unit
   local drained = min(passed, taken)
-  if passed > count.fill then -- all of it, and it is held no longer
+  if passed >= count.fill then -- all of it, and it is held no longer
     drained = taken
   elseif flag(correction[4], HOLDS) then
     local generation = at >= count.since and 'held' or 'earlier'
     count[generation] = max(0, count[generation] - amount)
     drained = min(drained, count.drained)
-    count.drained = min(count.drained - drained, (count.held + count.earlier) * unit)
+    count.drained = count.drained - drained
   end
   count.backlog = max(0, count.backlog + max(difference * unit, drained - taken))
   return 0
@@ -146,6 +146,7 @@ for number, request in ipairs(requests) do
     local at
     if reserved then
       ended[reservation], at = true, tonumber(string.match(reserved, '^%d+'))
+      if unreserved == 1 then marked[reservation] = true end -- or it would be settled again without one
     else
       marked[reservation] = true
     end

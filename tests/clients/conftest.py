@@ -17,7 +17,14 @@ PLANS = {
     "roomy": {
         "limits": [
             {"name": "requests", "count": "requests", "rate": "100000/minute", "per": ["team"]},
-            {"name": "tokens", "count": "total_tokens", "rate": "1000000000/minute", "per": ["team"]},
+            # Not `max`, for which the backend would be told a bound that the caller does not name.
+            {
+                "name": "tokens",
+                "count": "total_tokens",
+                "rate": "1000000000/minute",
+                "per": ["team"],
+                "reserve": "expected",
+            },
         ]
     },
     "one-at-a-time": {

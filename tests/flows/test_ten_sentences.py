@@ -180,7 +180,7 @@ async def test_5_a_seat_is_held_until_the_last_byte_and_no_longer(store_url: str
                 assert (await client.post("/v1/completions", content=body)).status_code == 200
         await house.settled()
         with redis.Redis.from_url(store_url) as store:
-            assert store.zcard("{acme}:seats:seat:research") == 0
+            assert store.zcard("{acme}:seats:seat:tresearch") == 0
 
 
 async def test_6_another_upstream_is_tried_only_while_nothing_was_answered(store_url: str) -> None:

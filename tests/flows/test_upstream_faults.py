@@ -80,7 +80,7 @@ async def case(store_url: str, *steps: Step, **pool: Any) -> AsyncIterator[Case]
             await house.settled()
             assert (await case.ask()).status == 200
         with redis.Redis.from_url(store_url) as store:
-            assert store.zcard("{acme}:seats:seat:research") == 0
+            assert store.zcard("{acme}:seats:seat:tresearch") == 0
 
 
 def pool_of(*urls: str, **pool: Any) -> dict[str, Any]:
