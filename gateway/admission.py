@@ -223,14 +223,16 @@ class Admission:
             if now >= shut.until or standing.charge.limit is not charge.limit:
                 del self._shut[charge.key]
             elif charge.amount >= standing.charge.amount and not charge.limit.shadow:
-                raise refusal((standing,), standing, shut.told - now, lease.request.dialect)
+                more = (charge.amount - standing.charge.amount) * charge.limit.period / 1e6 / charge.limit.amount
+                standing = msgspec.structs.replace(standing, charge=charge)
+                raise refusal((standing,), standing, shut.told - now + more, lease.request.dialect)
 
     # — without the store
 
     def _take_share(self, lease: Lease, away: StoreUnavailable) -> tuple[Standing, ...]:
         """The same by what this worker may give while the store is away."""
         terms, now = lease.terms, time.monotonic()
-        refused: GatewayError = away
+        refused: GatewayError = StoreUnavailable(away.message, retry_after=away.retry_after)  # `away` is others', too
         sent = not isinstance(away, StoreAway)  # it may have been taken all the same
         if not terms.closed:
             standings, refusing, wait = self._shares.admit(lease.id, terms.charges, self._seats, now)
@@ -242,7 +244,7 @@ class Admission:
         if sent:
             self._give_up(lease)
         refused.extra_headers = [*refused.extra_headers, DEGRADED]
-        raise refused from (None if refused is away else away)
+        raise refused from away
 
     # — the end
 
@@ -307,7 +309,7 @@ class Admission:
     async def _renew_seats(self, now: float) -> None:
         held: dict[int, list[tuple[str, Lease]]] = {}
         for lease in self._live.values():
-            if not lease.degraded and now - lease.since >= _RENEW_EVERY:
+            if now - lease.since >= _RENEW_EVERY:  # of one that is degraded, where it was admitted all the same
                 batch = held.setdefault(self._store.slot(_reservation(lease.terms.organisation, "")), [])
                 charges = (s.charge for s in lease.standings if s.charge.limit.kind == "seats" and not s.over)
                 batch += ((charge.key, lease) for charge in charges)

@@ -33,7 +33,7 @@ from gateway.documents import show
 _DURATIONS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZES = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
-_WINDOWS = ("hour", "day", "week", "month")
+_WINDOWS = ("minute", "hour", "day", "week", "month")
 
 
 # What the store counts is exact up to 2**53; amounts are far below, in micro-dollars too.
@@ -438,7 +438,9 @@ class LimitPolicy(_Document):
     count: Count = Field(description="what is counted")
     rate: Rate | None = Field(None, description="so much per second, minute, hour or day, refilled steadily")
     burst: int | None = Field(None, ge=1, le=_MOST, description="how much of it may come at once; left out: all of it")
-    quota: Quota | None = Field(None, description="so much per calendar hour, day, week or month")
+    quota: Quota | None = Field(
+        None, description="so much per calendar hour, day, week or month; per minute where it is rolling"
+    )
     rolling: bool = Field(
         False,
         description="true: the quota holds for every stretch of so long, 30 days for a month, not by the calendar",
@@ -483,6 +485,8 @@ class LimitPolicy(_Document):
                 raise ValueError(f"has {member} without {kind}, expected it with {kind} only")
         if self.rolling and self.time_zone is not None:
             raise ValueError("is rolling and has a time_zone, expected one of them: time zones are of calendars")
+        if self.quota is not None and self.quota.period == "minute" and not self.rolling:
+            raise ValueError("has a quota of calendar minutes, expected it rolling or longer")
         return self
 
     @model_validator(mode="after")

@@ -49,7 +49,7 @@ class Settlements:
         self._reached = reached
         self._settle = Coalesced(store, Script("settle"), (int(_MARK * 1000),))
         self._pending: dict[str, End] = {}
-        self._late: dict[str, None] = {}  # of these, whom the store did not answer; in the order of their ends
+        self._late: dict[str, None] = {}  # of these, whom the store did not answer; the next one first
 
     def __len__(self) -> int:
         """How many requests the store has not acknowledged."""
@@ -78,6 +78,7 @@ class Settlements:
         reason = "not awaited" if answer.cancelled() else repr(answer.exception() or "")
         if answer.cancelled() or answer.exception() is not None or answer.result()[0] == _UNWRITTEN:
             if end.id in self._pending:
+                self._late.pop(end.id, None)  # it goes behind those that may be settled
                 self._late[end.id] = None
                 if not again:
                     _log.warning("settle_later", request_id=end.id, reason=reason.strip("'") or "the ledger's key")

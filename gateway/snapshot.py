@@ -109,7 +109,7 @@ class Limit:
 
 
 # What a rolling quota is for, in seconds.
-STRETCHES = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 30 * 86_400}
+STRETCHES = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800, "month": 30 * 86_400}
 
 
 def windows_around(window: str, zone: ZoneInfo, at: datetime) -> tuple[datetime, datetime, datetime, datetime]:

@@ -48,12 +48,13 @@ def refusal(
     """What a caller is told whom the limit of `bound` refuses.
 
     `wait` is in seconds: what Retry-After says of a rate, and of a quota when it has room again. `held_back` says that
-    of a quota only what requests under way have reserved is in the way: then waiting helps, as it does with a rate.
+    of a quota only what requests under way have reserved is in the way: then waiting helps, as it does with a rate, and
+    with the quota of a minute.
     """
     limit = bound.charge.limit
     headers = standing_headers(standings, bound, dialect)
     policies = (limit.name,)
-    if limit.kind in ("quota", "rolling") and not held_back:
+    if limit.kind in ("quota", "rolling") and limit.window != "minute" and not held_back:
         return QuotaExhausted(_exhausted(bound, wait), headers=headers, policies=policies)
     if limit.kind == "seats":
         return RateLimited(_seatless(bound), retry_after=wait or _SEAT_WAIT, headers=headers, policies=policies)
@@ -83,7 +84,7 @@ def _over(limit: Limit) -> str:
     return f"has no room now in its quota {limit.name} of {_span(limit)}"
 
 
-_SPANS = {"hour": "60 minutes", "day": "24 hours", "week": "7 days", "month": "30 days"}
+_SPANS = {"minute": "60 seconds", "hour": "60 minutes", "day": "24 hours", "week": "7 days", "month": "30 days"}
 
 
 def _span(limit: Limit) -> str:

@@ -218,6 +218,11 @@ class _Pool(redis.asyncio.ConnectionPool):
                 turn.set_exception(redis.exceptions.ConnectionError("nobody waits for a store that is away"))
         self._line.clear()
 
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        """Close without waiting for the other side to agree: one that is silent does not, and TLS asks for it."""
+        for connection in (*self._available_connections, *(self._in_use_connections if inuse_connections else ())):
+            await connection.disconnect(nowait=True)
+
     async def drop(self) -> None:
         """Close what is idle; what is in use is closed when it is given back."""
         for connection in self._in_use_connections:

@@ -252,6 +252,7 @@ def test_hidden_files_and_others_are_not_read(tmp_path: Path) -> None:
         ("rate: 600/minute", ("rate", 600, 600, 60_000_000)),
         ("rate: 1_000 / hour, burst: 5", ("rate", 1000, 5, 3_600_000_000)),
         ("quota: 50/month", ("quota", 50, 50, 0)),
+        ("quota: 50/minute, rolling: true", ("rolling", 50, 50, 60_000_000)),
         ("quota: 50/hour, rolling: true", ("rolling", 50, 50, 3_600_000_000)),
         ("quota: 50/day, rolling: true", ("rolling", 50, 50, 86_400_000_000)),
         ("quota: 50/week, rolling: true", ("rolling", 50, 50, 604_800_000_000)),
@@ -610,6 +611,10 @@ MISTAKES = {
     "a time zone without a quota": (
         limit("name: l, count: usd, rate: 1/day, time_zone: UTC, per: [team]"),
         "a.yaml:4 plans.free.limits[0]: has time_zone without quota, expected it with quota only",
+    ),
+    "a quota of calendar minutes": (
+        limit("name: l, count: usd, quota: 1/minute, per: [team]"),
+        "a.yaml:4 plans.free.limits[0]: has a quota of calendar minutes, expected it rolling or longer",
     ),
     "a rolling rate": (
         tokens("rate: 1/day, rolling: true"),

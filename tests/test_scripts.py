@@ -1164,7 +1164,7 @@ class Model:
                     if at is None:
                         count.used += one.used
                     else:
-                        count.correct(id_, one, at)
+                        count.correct(id_, replace(one, window=0) if unreserved else one, at)
                     settled, bucket = count.used - count.holding, 0
                 case "rolling":
                     count = count or Stretch(-(-limit.period // 120))

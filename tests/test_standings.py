@@ -259,6 +259,13 @@ def test_a_rolling_quota_that_is_used_up_says_when_it_has_room_again() -> None:
     assert refused(error)["x-should-retry"] == "false"
 
 
+def test_the_quota_of_a_minute_is_refused_as_a_rate_is() -> None:
+    bound = standing(rolling(100, "minute", name="q"), 10, 60.0, amount=30)
+    error = refusal((bound,), bound, 7.5)
+    assert (error.code, error.retry_after) == ("rate_limit_exceeded", 7.5)
+    assert "its quota q of the last 60 seconds: 90 of 100 total tokens used, 30 asked for" in error.message
+
+
 def test_a_quota_whose_next_window_begins_with_debt_says_when_it_has_room_again() -> None:
     assert refusal(ALL, SPEND, 2_000_000.0).message.endswith("; it has room again in 555h33m20s")
 

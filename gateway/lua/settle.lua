@@ -160,6 +160,7 @@ for number, request in ipairs(requests) do
       if count then
         local threshold, settled
         if reserved then
+          if unreserved == 1 and kind == QUOTA then correction[7] = 0 end -- nobody was told in which it was taken
           threshold, settled = kind.correct(count, correction, at, id)
         else
           threshold, settled = kind.owe(count, correction, correction[2] + correction[3])

@@ -3,6 +3,7 @@
 `python -m tests.proving.scenes` prints a Markdown table of these scenes; it exits with 1 where a bound was broken.
 
     long answers    no max_tokens, answers of 2,000 tokens, 64 callers at once
+    …, any minute   the same where the limit is a rolling quota, and has no burst beside what refills
     short answers   max_tokens: 500, answers of 10 tokens that take 0.3 s, 32 patient callers
     saturation      the same callers, once the burst is gone: what they get of the refill
     worst case      64 callers at once whose answers are as long as they may be, after short ones were learned
@@ -37,14 +38,25 @@ _MARGIN = 16  # by which the gateway may think a prompt of one line larger than 
 
 @dataclass(frozen=True)
 class Limit:
-    """A rate in total tokens, and how much of it may come at once."""
+    """A rate in total tokens, and how much of it may come at once; or a rolling quota of a minute."""
 
     a_minute: int = 5000
     burst: int = 5000
+    rolling: bool = False
+
+    @property
+    def refill(self) -> float:
+        """Tokens a second. What a minute has taken comes back after it, which is more than a scene lasts."""
+        return 0.0 if self.rolling else self.a_minute / 60
+
+    @property
+    def document(self) -> dict[str, Any]:
+        amount = f"{self.a_minute}/minute"
+        return {"quota": amount, "rolling": True} if self.rolling else {"rate": amount, "burst": self.burst}
 
     def fits(self, seconds: float) -> float:
         """Tokens that it lets pass in so long a time, beginning with all of the burst."""
-        return self.burst + self.a_minute / 60 * seconds
+        return self.burst + self.refill * seconds
 
 
 @dataclass(frozen=True)
@@ -116,8 +128,8 @@ def split(
     for asked in sorted(refused, key=lambda one: one.answered):
         while place < len(served) and served[place][0] <= asked.answered:
             then, _, tokens = served[place]
-            backlog, at, place = max(0.0, backlog - (then - at) * limit.a_minute / 60) + tokens, then, place + 1
-        now = max(0.0, backlog - (asked.answered - at) * limit.a_minute / 60)
+            backlog, at, place = max(0.0, backlog - (then - at) * limit.refill) + tokens, then, place + 1
+        now = max(0.0, backlog - (asked.answered - at) * limit.refill)
         assert asked.wait is not None
         (held_back if now + most <= limit.burst else others).append(asked.wait)
     return held_back, others
@@ -151,6 +163,21 @@ async def long_answers(gateways: Fleet, team: str, mode: Mode, limit: Limit, sec
     served = taken(gateways, everything)
     bound = 0 if mode == "max" else 64 * ask.most
     return _seen("long answers", mode, limit, seconds, everything, served, bound, ask.most)
+
+
+async def long_answers_any_minute(gateways: Fleet, team: str, mode: Mode, limit: Limit, seconds: float) -> Seen:
+    """The same on a limit that no minute exceeds."""
+    seen = await long_answers(gateways, team, mode, _ROLLING, min(seconds, 60.0))
+    return replace(seen, scene="long answers, any minute")
+
+
+async def short_answers_any_minute(gateways: Fleet, team: str, mode: Mode, limit: Limit, seconds: float) -> Seen:
+    """Short answers on a limit that no minute exceeds."""
+    seen = await short_answers(gateways, team, mode, _ROLLING, min(seconds, 60.0))
+    return replace(seen, scene="short answers, any minute")
+
+
+_ROLLING = Limit(rolling=True)
 
 
 async def short_answers(gateways: Fleet, team: str, mode: Mode, limit: Limit, seconds: float, ask: Ask = SHORT) -> Seen:
@@ -211,7 +238,7 @@ def _seen(
         limit,
         seconds,
         tokens=sum(tokens for _, _, tokens in served),
-        full=rates(limit.burst, limit.a_minute / 60, served),
+        full=rates(limit.burst, limit.refill, served),
         bound=bound,
         held_back=held_back,
         waits=waits,
@@ -265,8 +292,11 @@ Scene = Callable[[Fleet, str, Mode, Limit, float], Awaitable[Seen]]
 SCENES: tuple[tuple[Scene, Mode], ...] = (
     (long_answers, "max"),
     (long_answers, "expected"),
+    (long_answers_any_minute, "max"),
+    (long_answers_any_minute, "expected"),
     (short_answers, "max"),
     (short_answers, "expected"),
+    (short_answers_any_minute, "expected"),
     (saturation, "max"),
     (saturation, "expected"),
     (worst_case, "max"),
@@ -289,8 +319,8 @@ def policies(scenes: Iterable[tuple[Scene, Mode]], limit: Limit) -> dict[str, An
     }
     limits: dict[str, Mapping[str, Any]] = {f"alone-{kind}": one for kind, one in ALONE.items()}
     for scene, mode in scenes:
-        rate = {"count": "total_tokens", "rate": f"{limit.a_minute}/minute", "burst": limit.burst, "reserve": mode}
-        limits[name(scene, mode)] = rate
+        own = _ROLLING if scene.__name__.endswith("any_minute") else limit
+        limits[name(scene, mode)] = {"count": "total_tokens", **own.document, "reserve": mode}
     for team, one in limits.items():
         documents["plans"][team] = {"limits": [{"name": "tokens", **one, "per": ["team"]}]}
         documents["teams"][team] = {"organisation": team, "plan": team}
