@@ -5,7 +5,7 @@ The files stand on floors; a file imports only what stands before it in this lis
 floor 0, words:     errors, asgi, uploads, endpoints
 floor 1, documents: settings, documents, language, snapshot, policy
 floor 2, decisions: identity, members, contract, bounds, context, normalize, usage, learned, terms, standings, returns,
-                    shares, hops, sse, health, balance
+                    refusals, shares, hops, sse, health, balance
 floor 3, resources: topology, store, embedded, keys, drains, alerts, counts, settlements, admission,
                     explain, wire, bridge, upstream, pools,
                     ledger

@@ -3,10 +3,6 @@
 A Lease is an admitted request. It ends exactly once, however the block around it is left, and its end is settled
 before whoever waits for it goes on: settlements.py. While the store is away each worker enforces its share of the
 limits, by what the store last said: shares.py. What was served so is settled when the store is back.
-
-A worker is told two things with a refusal: when the request would fit by time alone, and when it would fit at the
-soonest, if nothing of what others hold were used. Before the latter nobody else who asks as much is worth a trip.
-Between the two, what is learned of how long requests hold what they reserve says when to come back: returns.py.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 import redis.exceptions
@@ -25,7 +21,7 @@ import structlog
 
 from gateway.counts import UNKNOWN_WINDOW, Words, corrected, running_window, taken
 from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
-from gateway.returns import Returns
+from gateway.refusals import POLITE, Refusals
 from gateway.settlements import End, Reached, Settlements
 from gateway.shares import Shares
 from gateway.snapshot import Limit
@@ -40,9 +36,6 @@ _RENEW_EVERY = SEAT_LEASE / 3
 # Longer than any answer may take: a reservation that is never settled ends by itself.
 _RESERVATION = 86_400.0
 _SETTLE_AGAIN = 0.2
-_SHUT = 1.0  # the most that a refusal is repeated without asking: an operator may have changed a count by hand
-_MOST_SHUT = 10_000
-
 _WORKERS = "{gateway}:workers"
 
 _log = structlog.get_logger("gateway.admission")
@@ -90,14 +83,6 @@ class Lease:
         await self._admission.settle(self)
 
 
-class _Shut(NamedTuple):
-    """A limit that has refused: whoever asks as much or more until then (in time.monotonic()) is refused as well."""
-
-    standing: Standing
-    until: float
-    told: float  # when the wait that was told is over
-
-
 class Admission:
     """All that is decided in the store. One for each worker. `reached` is told of thresholds, see Settlements."""
 
@@ -110,10 +95,9 @@ class Admission:
         self._worker = os.urandom(8).hex()
         self._live: dict[str, Lease] = {}
         self._seats: Counter[str] = Counter()  # that live requests have from the store, by the key of the count
-        self._returns = Returns()
+        self._refusals = Refusals()
         self._shares = Shares()
         self._told = [0, 0]  # how many workers there are, and which of them this one is
-        self._shut: dict[str, _Shut] = {}
 
     def __repr__(self) -> str:
         return f"<Admission {len(self._live)} live, {len(self._settlements)} not settled yet>"
@@ -143,8 +127,9 @@ class Admission:
         terms = lease.terms
         if self._settlements.full:
             raise StoreUnavailable("too many ended requests wait for the store of keys and limits", retry_after=1)
-        if self._shut:
-            self._refuse_again(lease)
+        again = self._refusals.again(terms.charges, lease.asked, lease.request.dialect)
+        if again is not None:
+            raise again
         keys = [_reservation(terms.organisation, lease.id), *(charge.key for charge in terms.charges)]
         try:
             answer = await self._admit((keys, (lease.id, _intent(lease), [taken(charge) for charge in terms.charges])))
@@ -172,60 +157,23 @@ class Admission:
                 used = charge.limit.capacity - standing.remaining
                 self._reached(lease.terms.organisation, charge, flag >> 1, used, standing.window)
             if not standing.over and (charge.limit.holds or charge.limit.kind == "seats"):
-                self._returns.take(charge.key, lease.id, charge.amount, lease.since)
+                self._refusals.returns.take(charge.key, lease.id, charge.amount, lease.since)
                 if charge.limit.kind == "seats":
                     self._seats[charge.key] += 1
-
-    # — refusals
 
     def _refusal(
         self, lease: Lease, verdict: int, standings: tuple[Standing, ...], binding: int, wait: float, soonest: float
     ) -> GatewayError:
         if verdict == _GIVEN_UP:
             return StoreUnavailable("the store of keys and limits answered too late", retry_after=1)
-        standing = standings[binding]
-        charge, now = standing.charge, lease.since
         if verdict == _FOREIGN:
+            charge = standings[binding].charge
             _log.error("foreign_count", limit=charge.limit.name, count=charge.key)
             return InternalError(
                 f"the count of the limit {charge.limit.name} cannot be read: its key holds something else"
             )
-        told = wait
-        if charge.limit.kind == "seats" or soonest < wait:
-            told = max(soonest, self._until_returned(standing, now))
-            told = told if charge.limit.kind == "seats" else min(wait, told)
-        if soonest > 0:
-            self._shut_for(standing, now, min(soonest, _SHUT), told)
-        return refusal(standings, standing, told, lease.request.dialect, held_back=soonest == 0)
-
-    def _until_returned(self, standing: Standing, now: float) -> float:
-        """When enough of what others hold has come back, by what this worker has learned of its own."""
-        charge, limit = standing.charge, standing.charge.limit
-        held = limit.capacity if limit.kind == "seats" else standing.held
-        refill = limit.amount / limit.period * 1e6 if limit.kind == "rate" else 0.0
-        over = charge.amount - standing.remaining
-        returns = self._returns.wait(charge.key, over, now, held=held, refill=refill)
-        return _POLITE if returns is None else returns
-
-    def _shut_for(self, standing: Standing, now: float, shut: float, told: float) -> None:
-        if len(self._shut) >= _MOST_SHUT:
-            self._shut = {key: one for key, one in self._shut.items() if one.until > now}
-        if len(self._shut) < _MOST_SHUT:
-            self._shut[standing.charge.key] = _Shut(standing, now + shut, now + told)
-
-    def _refuse_again(self, lease: Lease) -> None:
-        """Refuse what was refused a moment ago and cannot have changed: time alone opens that limit."""
-        for charge in lease.terms.charges:
-            shut = self._shut.get(charge.key)
-            if shut is None:
-                continue
-            standing, now = shut.standing, lease.asked
-            if now >= shut.until or standing.charge.limit is not charge.limit:
-                del self._shut[charge.key]
-            elif charge.amount >= standing.charge.amount and not charge.limit.shadow:
-                more = (charge.amount - standing.charge.amount) * charge.limit.period / 1e6 / charge.limit.amount
-                standing = msgspec.structs.replace(standing, charge=charge)
-                raise refusal((standing,), standing, shut.told - now + more, lease.request.dialect)
+        charges, dialect = lease.terms.charges, lease.request.dialect
+        return self._refusals.refuse(charges, standings, binding, wait, soonest, lease.since, dialect)
 
     # — without the store
 
@@ -240,7 +188,7 @@ class Admission:
                 lease.since, lease.degraded = now, True
                 self._live[lease.id] = lease
                 return standings
-            refused = refusal(standings, refusing, wait or _POLITE, lease.request.dialect)
+            refused = refusal(standings, refusing, wait or POLITE, lease.request.dialect)
         if sent:
             self._give_up(lease)
         refused.extra_headers = [*refused.extra_headers, DEGRADED]
@@ -261,7 +209,7 @@ class Admission:
         for standing, amount in zip(lease.standings, used, strict=True):
             charge = standing.charge
             if not standing.over and (charge.limit.holds or charge.limit.kind == "seats"):
-                self._returns.give(charge.key, lease.id, amount, now)
+                self._refusals.returns.give(charge.key, lease.id, amount, now)
                 if charge.limit.kind == "seats":
                     self._seats[charge.key] -= 1
                     if not self._seats[charge.key]:
@@ -324,8 +272,6 @@ class Admission:
         if lapsed:
             _log.warning("seats_lapsed", seats=lapsed)
 
-
-_POLITE = 1.0  # seconds that a caller is told where nobody knows when it is worth asking again
 
 _ADMITTED, _REPEATED, _GIVEN_UP, _FOREIGN = 1, 2, 3, 4
 

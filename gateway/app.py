@@ -168,7 +168,7 @@ class Gateway:
             reason
             for reason, holds in (
                 ("draining", self.draining),
-                ("keys are not loaded", not self.keys.loaded),
+                ("keys are not loaded", not self.keys.loaded and not self.store.away),
                 (f"the store {self.store.reason}", self.store.away),
             )
             if holds

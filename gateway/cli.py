@@ -400,7 +400,7 @@ def limits(
     async def show(store: Store) -> None:
         ring = KeyRing(store, pepper(settings))
         await ring.load()
-        principal = ring.principal(key_id)
+        principal = ring.principal(key_id.removeprefix("gw_").partition("_")[0])
         if principal is None:
             _fail("no key in force has this id; gateway keys list shows them all", WRONG)
         models = snapshot.public_models if named is None else (named,)
@@ -413,7 +413,13 @@ def limits(
         cells = []
         for row in rows:
             amount = row.get("usd", row)  # dollars are read more easily than their millionths
-            told = [row["name"], row["scope"], row["policy"], row["mode"], *(f"{amount[one]:,}" for one in amounts)]
+            told = [
+                row["name"],
+                row["scope"],
+                row["policy"],
+                row["mode"],
+                *(f"{amount[one]:,.6f}".rstrip("0").rstrip(".") for one in amounts),
+            ]
             cells.append([*told, str(timedelta(seconds=ceil(row["reset_s"]))) if row["reset_s"] else "-"])
         _table(head, cells, right=5)
 

@@ -269,6 +269,9 @@ _SORTS: dict[Dialect, tuple[_Sort, ...]] = {
 # — the whole of it, for people
 
 
+_LATE = 0.25  # seconds from what the store has said to now, at most: a window that ends at noon ends at noon
+
+
 def shown(standing: Standing, now: float | None = None) -> dict[str, object]:
     """One limit as `GET /v1/limits` and `gateway limits` show it, ready for JSON.
 
@@ -280,6 +283,7 @@ def shown(standing: Standing, now: float | None = None) -> dict[str, object]:
     limit = standing.charge.limit
     now = time.time() if now is None else now
     timed = limit.kind != "seats"
+    late = 0.0 if limit.zone is None else _LATE
     amounts = {
         "limit": limit.capacity,
         "used": _used(standing) - _held(standing),
@@ -299,7 +303,7 @@ def shown(standing: Standing, now: float | None = None) -> dict[str, object]:
         **({"usd": {what: amount / 1e6 for what, amount in amounts.items()}} if limit.count == "usd" else {}),
         **({"over_soft_limit": _used(standing) >= limit.amount_at(limit.soft)} if limit.soft else {}),
         "reset_s": ceil(standing.reset * 1000) / 1000 if timed else None,
-        "resets_at": _timestamp(standing.reset, now) if timed else None,
+        "resets_at": _timestamp(standing.reset - late, now) if timed else None,
         **({} if limit.zone is None else {"time_zone": limit.zone.key}),
     }
 

@@ -20,6 +20,7 @@ import structlog
 
 from gateway.admission import Lease
 from gateway.asgi import Cut, Scope, header
+from gateway.errors import GatewayError
 from gateway.exchange import Exchange
 
 # Before a key may stand the end of an escape: JSON's \n, or the m of a colour.
@@ -110,11 +111,16 @@ def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
     if x.lease is not None:
         fields |= _limits(x.lease)
     if x.error is not None:
-        fields["error.type"] = x.error.code or x.error.type
+        fields |= _failure(x.error)
     retries = header(scope["headers"], b"x-stainless-retry-count")
     if retries is not None and retries.isdigit():
         fields["sdk_retry_count"] = int(retries[:3])
     return fields
+
+
+def _failure(error: GatewayError) -> dict[str, Any]:
+    refused = {"limits.refused": error.policies} if error.policies else {}
+    return {"error.type": error.code or error.type, **refused}
 
 
 def _limits(lease: Lease) -> dict[str, Any]:

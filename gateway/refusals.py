@@ -1,0 +1,113 @@
+"""What refused callers are told, and who is refused again without a trip. Pure: who calls brings the time.
+
+With a refusal the store tells two times: when the request would fit if nothing that others hold came back early, and
+when it would fit at the soonest, if all of that came back unused. Between the two, what was learned of how long
+requests hold what they reserve says when to come back: returns.py. And before the latter, whoever asks for the same
+again is refused as well: time alone opens that limit, and asking would be in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from gateway.errors import Dialect, GatewayError
+from gateway.returns import Returns
+from gateway.standings import Standing, refusal
+from gateway.terms import Charge
+
+POLITE = 1.0  # seconds that a caller is told where nobody knows when it is worth asking again
+_REPEATED = 1.0  # seconds that a refusal is repeated at most: an operator may have changed a count by hand
+_MOST = 10_000
+
+
+class _Refused(NamedTuple):
+    """A refusal that holds until then: what was asked, where the caller stood, and when to come back."""
+
+    charges: Sequence[Charge]
+    standings: tuple[Standing, ...]
+    binding: int
+    at: float
+    until: float
+    told: float
+
+    def still(self, charges: Sequence[Charge]) -> float | None:
+        """Seconds that these have to wait longer than what was refused; None: they may be decided otherwise."""
+        longer = 0.0
+        for place, (asked, was) in enumerate(zip(charges, self.charges, strict=True)):
+            more = asked.amount - was.amount
+            if asked.limit is not was.limit or (more > 0 and place != self.binding):
+                return None
+            if place == self.binding and more:
+                if more < 0 or asked.limit.kind != "rate":
+                    return None
+                longer = more * asked.limit.period / 1e6 / asked.limit.amount
+        return longer
+
+
+class Refusals:
+    """The refusals of one worker. `returns` is to be told of what is reserved."""
+
+    def __init__(self) -> None:
+        self.returns = Returns()
+        self._held: dict[tuple[str, ...], _Refused] = {}
+
+    def refuse(
+        self,
+        charges: Sequence[Charge],
+        standings: tuple[Standing, ...],
+        binding: int,
+        wait: float,
+        soonest: float,
+        now: float,
+        dialect: Dialect,
+    ) -> GatewayError:
+        """The refusal by the limit at the place `binding`; times in seconds, `now` is time.monotonic()."""
+        standing = standings[binding]
+        told = wait
+        if standing.charge.limit.kind == "seats":
+            told = self._until_returned(standing, now)
+        elif soonest < wait:
+            told = min(wait, max(soonest, self._until_returned(standing, now)))
+        if soonest > 0:
+            until = now + min(soonest, _REPEATED)
+            self._hold(_Refused(charges, standings, binding, now, until, now + told))
+        return refusal(standings, standing, told, dialect, held_back=soonest == 0)
+
+    def again(self, charges: Sequence[Charge], now: float, dialect: Dialect) -> GatewayError | None:
+        """The refusal of what was refused a moment ago and cannot fit yet; None: the store is to be asked."""
+        if not self._held:
+            return None
+        counts = tuple([charge.key for charge in charges])
+        refused = self._held.get(counts)
+        if refused is None:
+            return None
+        if now >= refused.until:
+            del self._held[counts]
+            return None
+        longer = refused.still(charges)
+        if longer is None:
+            return None
+        passed = now - refused.at
+        standings = tuple(
+            msgspec.structs.replace(standing, charge=charge, reset=max(0.0, standing.reset - passed))
+            for charge, standing in zip(charges, refused.standings, strict=True)
+        )
+        return refusal(standings, standings[refused.binding], refused.told - now + longer, dialect)
+
+    def _hold(self, refused: _Refused) -> None:
+        if len(self._held) >= _MOST:
+            self._held = {counts: one for counts, one in self._held.items() if one.until > refused.at}
+        if len(self._held) < _MOST:
+            self._held[tuple([charge.key for charge in refused.charges])] = refused
+
+    def _until_returned(self, standing: Standing, now: float) -> float:
+        """When enough of what others hold has come back, by what this worker has learned of its own."""
+        charge, limit = standing.charge, standing.charge.limit
+        held = limit.capacity if limit.kind == "seats" else standing.held
+        refill = limit.amount / limit.period * 1e6 if limit.kind == "rate" else 0.0
+        over = charge.amount - standing.remaining
+        returns = self.returns.wait(charge.key, over, now, held=held, refill=refill)
+        return POLITE if returns is None else returns
