@@ -20,12 +20,12 @@ import redis.exceptions
 import structlog
 
 from gateway.counts import UNKNOWN_WINDOW, Words, corrected, running_window, taken
-from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
+from gateway.errors import Dialect, GatewayError, InternalError, RateLimited, StoreUnavailable
 from gateway.refusals import POLITE, Refusals
 from gateway.settlements import End, Reached, Settlements
 from gateway.shares import Shares
 from gateway.snapshot import Limit
-from gateway.standings import DEGRADED, Standing, refusal
+from gateway.standings import DEGRADED, Standing, standing_headers
 from gateway.store import Arg, Coalesced, Script, Store, StoreAway, leaving
 from gateway.terms import Charge, Terms
 from gateway.usage import UsageRecord
@@ -33,6 +33,7 @@ from gateway.usage import UsageRecord
 # A seat outlives its worker by so much; a live one is renewed three times in it. So does a worker's share.
 SEAT_LEASE = 15.0
 _RENEW_EVERY = SEAT_LEASE / 3
+_BEAT_EVERY = 1.0  # and so long a worker may think that there are fewer workers than there are
 # Longer than any answer may take: a reservation that is never settled ends by itself.
 _RESERVATION = 86_400.0
 _SETTLE_AGAIN = 0.2
@@ -90,6 +91,7 @@ class Admission:
         self._store = store
         self._reached = reached
         self._admit = Coalesced(store, Script("admit"), (int(SEAT_LEASE * 1000), int(_RESERVATION * 1000)))
+        self._look = Coalesced(store, Script("admit"), (0, 0))  # no admission waits in one trip with these
         self._settlements = Settlements(store, reached)
         self._renew, self._beat = Script("renew"), Script("beat")
         self._worker = os.urandom(8).hex()
@@ -97,6 +99,7 @@ class Admission:
         self._seats: Counter[str] = Counter()  # that live requests have from the store, by the key of the count
         self._refusals = Refusals()
         self._shares = Shares()
+        self._renewed = 0.0
         self._told = [0, 0]  # how many workers there are, and which of them this one is
 
     def __repr__(self) -> str:
@@ -119,7 +122,7 @@ class Admission:
     async def look(self, organisation: str, charges: Sequence[Charge]) -> tuple[Standing, ...]:
         """Where these counts stand; nothing is taken. Raises StoreUnavailable."""
         keys = [_reservation(organisation, ""), *(charge.key for charge in charges)]
-        _, _, _, _, *rows = await self._admit((keys, ("", "", [taken(charge) for charge in charges])))
+        _, _, _, _, *rows = await self._look((keys, ("", "", [taken(charge) for charge in charges])))
         return _standings(charges, rows)
 
     async def take(self, lease: Lease) -> tuple[Standing, ...]:
@@ -188,7 +191,7 @@ class Admission:
                 lease.since, lease.degraded = now, True
                 self._live[lease.id] = lease
                 return standings
-            refused = refusal(standings, refusing, wait or POLITE, lease.request.dialect)
+            refused = _share_spent(standings, refusing, wait, lease.request.dialect)
         if sent:
             self._give_up(lease)
         refused.extra_headers = [*refused.extra_headers, DEGRADED]
@@ -234,13 +237,13 @@ class Admission:
     async def keep_up(self) -> None:
         """Renew the seats of live requests and this worker's place among all, and send again what was not acknowledged,
         for ever."""
-        renewed = 0.0
+        beaten = 0.0
         while not leaving():
             if not self._store.away:
                 await self._settlements.catch_up()
             now = time.monotonic()
-            if now - renewed >= _RENEW_EVERY and not self._store.away:
-                renewed = now
+            if now - beaten >= _BEAT_EVERY and not self._store.away:
+                beaten = now
                 await self._stay(now)
             await asyncio.sleep(_SETTLE_AGAIN)
 
@@ -250,7 +253,9 @@ class Admission:
             # After an absence the first one to come back sees nobody else yet.
             self._shares.workers, self._shares.rank = max(told, self._told)
             self._told = told
-            await self._renew_seats(now)
+            if now - self._renewed >= _RENEW_EVERY:
+                self._renewed = now
+                await self._renew_seats(now)
         except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
             _log.warning("seats_not_renewed", live=len(self._live), reason=type(failure).__name__)
 
@@ -295,6 +300,18 @@ async def _shielded(answer: asyncio.Future[list[int]], deadline: float, waited: 
         except Exception:
             break  # it is looked at by Settlements
     return cancelled
+
+
+_LONGEST_GUESS = 5.0  # seconds; when the store is back nobody knows
+
+
+def _share_spent(standings: tuple[Standing, ...], bound: Standing, wait: float, dialect: Dialect) -> GatewayError:
+    """What a caller is told whom this worker's share of a limit refuses: the limit itself may have room."""
+    limit, scope = bound.charge.limit, bound.charge.scope
+    text = f"{scope} has used this worker's share of the limit {limit.name}, while the store of limits is away"
+    wait = min(max(POLITE, wait), _LONGEST_GUESS)
+    headers = standing_headers(standings, bound, dialect)
+    return RateLimited(text, retry_after=wait, headers=headers, policies=(limit.name,))
 
 
 def _standings(charges: Sequence[Charge], rows: Sequence[int]) -> tuple[Standing, ...]:

@@ -2,8 +2,8 @@
 
 With a refusal the store tells two times: when the request would fit if nothing that others hold came back early, and
 when it would fit at the soonest, if all of that came back unused. Between the two, what was learned of how long
-requests hold what they reserve says when to come back: returns.py. And before the latter, whoever asks for the same
-again is refused as well: time alone opens that limit, and asking would be in vain.
+requests hold what they reserve says when to come back: returns.py. And before the latter, for a second at most, whoever
+asks for the same again is refused as well: only time opens that limit, or a request that was counted and not answered.
 """
 
 from __future__ import annotations

@@ -186,6 +186,8 @@ class Store:
                 await self._write(self.deadline)
             except Failures as failure:
                 self.reason = why(failure) or "does not run scripts"
+            except Exception:  # a defect: whoever stops asking would be away for ever
+                _log.exception("store_probe_failed")
             else:
                 self.away, self.reason, self._looked = False, "", False
                 self._answers.set()
@@ -275,13 +277,14 @@ class Coalesced:
         try:
             words = msgspec.msgpack.encode([own for (_, own), _ in batch])
             answers = await self._store.run(self._script, keys, (words, *self._more))
+            answered = list(zip(batch, answers, strict=True))
         except Exception as failure:
             for _, future in batch:
                 if not future.done():
                     future.set_exception(failure)
                     future.exception()  # asked for: a caller who left does not read it
             return
-        for (_, future), answer in zip(batch, answers, strict=True):
+        for (_, future), answer in answered:
             if not future.done():
                 future.set_result(answer)
 

@@ -85,9 +85,7 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
         whose = "team" if not team.may_use(model.name) else "key"
         what = request.asked_model if request.asked_model.startswith("/") else f"the model {request.asked_model}"
         raise Forbidden(f"this {whose} may not use {what}", param="model")
-    user = request.user if request.user is not None else principal.user
-    if user is not None and len(user) > _LONGEST_NAME:
-        user = anonymous(user)
+    user = _called(principal, request.user)
     estimate = request.input.at(learned.bytes_per_token(model.name))
     foreseen: dict[Reserve, Usage] = {}
     binding = _binding(team, principal.key_id, user, model.name, model.entry)
@@ -114,11 +112,16 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
     )
 
 
+def _called(principal: Principal, user: str | None) -> str | None:
+    """Whom a request is for: the user whom it names, else the one whom its key stands for."""
+    user = principal.user if user is None else user
+    return user if user is None or len(user) <= _LONGEST_NAME else anonymous(user)
+
+
 def looked_at(principal: Principal, team: Team, model: Model, user: str | None = None) -> Iterator[Charge]:
     """The limits that bind a key's requests to a model, with nothing to be taken of them. `user` is whom the requests
     name, else whom the key stands for."""
-    user = principal.user if user is None else user
-    for limit, key, scope in _binding(team, principal.key_id, user, model.name, model.entry).counts:
+    for limit, key, scope in _binding(team, principal.key_id, _called(principal, user), model.name, model.entry).counts:
         yield Charge(limit, key, scope, 0)
 
 

@@ -621,3 +621,25 @@ async def test_a_seat_that_was_taken_although_its_answer_came_too_late_is_renewe
             await until(lambda: store.zscore(key_of(seat), lease.id) > first)
         await until(lambda: admission.idle)
         assert store.zcard(key_of(seat)) == 0
+
+
+async def test_a_share_that_is_spent_is_told_as_that_and_not_as_a_quota_that_is_used_up(either_store_url: str) -> None:
+    bound = terms([quota(1000, "month", count="output_tokens")], {"quota": 300})
+    async with gateways(either_store_url) as (admission,):
+        admission._shares.workers = 4
+        admission._store.away = True
+        error = await refused(admission, Request(bound))
+        assert isinstance(error, RateLimited)
+        assert "this worker's share of the limit quota" in error.message
+        assert (error.policies, error.retry_after) == (("quota",), 5.0)
+        admission._store.away = False
+
+
+async def test_who_looks_keeps_no_admission_waiting_in_its_trip(either_store_url: str, store: redis.Redis) -> None:
+    limits = [rate(100, "day", name=f"l{i}") for i in range(40)]
+    async with gateways(either_store_url) as (admission,):
+        before = trips(store)
+        looking = asyncio.ensure_future(admission.look("acme", terms(limits).charges))
+        async with admission.admit(Request(terms(limits[:1]))):
+            assert len(await looking) == 40
+        assert trips(store) - before >= 3

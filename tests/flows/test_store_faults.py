@@ -305,7 +305,7 @@ async def test_r02_by_itself_a_gateway_gives_what_was_left_and_no_more(store: Ke
         answers = await it.asked(9)
         assert [answer.status for answer in answers] == [200] * 7 + [429] * 2
         assert all(map(degraded, answers))
-        assert code(answers[-1]) == (429, "insufficient_quota")
+        assert code(answers[-1]) == (429, "rate_limit_exceeded")
         await asyncio.to_thread(store.start)
         await it.recovered()
         refused = await it.ask()

@@ -1,7 +1,7 @@
 """What a limit of 5,000 tokens a minute lets pass, and what it tells, by the backend's ledger, beside its bound.
 
-`python -m tests.proving.scenes` prints a Markdown table of these scenes; it exits with 1 where a bound was broken, or less
-was served than has to be.
+`python -m tests.proving.scenes` prints a Markdown table of these scenes; it exits with 1 where a bound was broken,
+or less was served than has to be.
 
     long answers    no max_tokens, answers of 2,000 tokens, 64 callers at once
     …, any minute   the same where the limit is a rolling quota, and has no burst beside what refills
