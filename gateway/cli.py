@@ -34,6 +34,7 @@ from gateway.errors import GatewayError, StoreUnavailable
 from gateway.language import UpstreamPolicy
 from gateway.policy import load
 from gateway.settings import Settings, SettingsError
+from gateway.snapshot import Snapshot
 from gateway.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -254,10 +255,7 @@ def keys_create(
 ) -> None:
     """Create a key. It is shown once, and kept as a hash."""
     settings = _settings(policies=policies, state=state)
-    try:
-        teams = load(settings.policies).teams
-    except PolicyError as error:
-        _fail(str(error), WRONG)
+    teams = _policies(settings).teams
     if team not in teams:
         _fail(f'"{team}" is no team of {settings.policies}/, expected one of {", ".join(teams) or "(none)"}', WRONG)
     patterns = tuple(part.strip() for part in models.split(",")) if models else ()
@@ -363,10 +361,7 @@ def _change_upstream(
 
 def _upstreams(settings: Settings) -> dict[str, UpstreamPolicy]:
     """The upstreams of the policies, by the names that commands and logs have for them."""
-    try:
-        pools = load(settings.policies).pools
-    except PolicyError as error:
-        _fail(str(error), WRONG)
+    pools = _policies(settings).pools
     return {f"{name}/{urlsplit(own.url).netloc}": own for name, pool in pools.items() for own in pool.upstreams}
 
 
@@ -389,10 +384,7 @@ def limits(
     from gateway.keys import KeyRing
 
     settings = _settings(policies=policies, state=state)
-    try:
-        snapshot = load(settings.policies)
-    except PolicyError as error:
-        _fail(str(error), WRONG)
+    snapshot = _policies(settings)
     named = None if model is None else snapshot.model(model)
     if model is not None and named is None:
         _fail(f'"{model}" is no model of the policies', WRONG)
@@ -472,6 +464,13 @@ def _settings(**given: Any) -> Settings:
         return Settings.read(**given)
     except SettingsError as error:
         _fail(str(error), USAGE)
+
+
+def _policies(settings: Settings) -> Snapshot:
+    try:
+        return load(settings.policies)
+    except PolicyError as error:
+        _fail(str(error), WRONG)
 
 
 def _store_of(settings: Settings) -> Any:

@@ -180,7 +180,7 @@ async def test_rows_that_cannot_be_written_do_not_keep_others_waiting(
             admission._store.away = True
         admission._store.away = False
         await until(lambda: store.xlen(ledger_stream("other")) == 1)
-        assert admission.unsettled == 4
+        await until(lambda: admission.unsettled == 4)
 
 
 # — what is lost on the way

@@ -9,9 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fractions import Fraction
-from functools import cache
 from typing import Any, ClassVar
-from zoneinfo import ZoneInfo
 
 import pytest
 import redis
@@ -26,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from gateway.admission import ledger_stream
-from gateway.snapshot import Limit, windows_around
+from gateway.snapshot import Limit
 from tests.proving import house
 from tests.proving.limits import key_of, quota, rate, seats
 from tests.proving.scripts import (
@@ -708,39 +706,6 @@ def test_a_rolling_limit_of_another_stretch_counts_what_was_used_as_used_now(scr
     assert (answer.verdict, answer.remaining) == (REFUSED, [4])
     scripts.now += answer.wait
     assert scripts.one("b", (rolling(10, second), 5)).verdict == ADMITTED
-
-
-ZONES = ["UTC", "Europe/Zurich", "America/New_York", "Asia/Kolkata", "Australia/Lord_Howe", "America/Havana"]
-_START, _END = (int(datetime(year, 1, 1, tzinfo=UTC).timestamp()) for year in (2025, 2028))
-LONGEST = {"hour": 2 * 3600, "day": 25 * 3600, "week": 169 * 3600, "month": 745 * 3600}
-
-
-@cache
-def shifts(zone: str) -> list[int]:
-    """The instants at which a zone's clocks are put forward or back, to the half hour."""
-    name, step = ZoneInfo(zone), 1800
-    offsets = [datetime.fromtimestamp(at, UTC).astimezone(name).utcoffset() for at in range(_START, _END, step)]
-    return [_START + i * step for i in range(1, len(offsets)) if offsets[i] != offsets[i - 1]] or [EPOCH]
-
-
-@pytest.mark.parametrize("window", LONGEST)
-@pytest.mark.parametrize("zone", ZONES)
-@settings(deadline=None, max_examples=40)
-@given(data=st.data())
-def test_every_instant_lies_in_exactly_one_window(data: st.DataObject, zone: str, window: str) -> None:
-    near = st.builds(int.__add__, st.sampled_from(shifts(zone)), st.integers(-8000, 8000))
-    at = data.draw(st.one_of(near, st.integers(_START + 10**7, _END - 10**7)))
-
-    def around(at: float) -> list[int]:
-        instants = windows_around(window, ZoneInfo(zone), datetime.fromtimestamp(at, UTC))
-        return [int(instant.timestamp()) for instant in instants]
-
-    before, own, after, last = around(at)
-    assert own <= at < after
-    assert around(own) == around(after - 1) == [before, own, after, last]
-    assert around(after)[:3] == [own, after, last]
-    assert around(before)[1:3] == [before, own]
-    assert 0 < after - own <= LONGEST[window]
 
 
 # — foreign keys
