@@ -155,7 +155,8 @@ async def until(condition: Any, patience: float = 20.0) -> None:
 
 class Wire:
     """A wire to a store. `deaf`: what the store answers is lost; `held`: what it is asked waits; `cuts`: the next
-    answer is a lost connection."""
+    that it is asked is answered by a lost connection (not INFO: a gateway asks that when it pleases, and may go without).
+    """
 
     def __init__(self, target: str) -> None:
         self._target = target.removeprefix("unix://")
@@ -178,25 +179,28 @@ class Wire:
         try:
             with suppress(OSError):
                 store_reader, store_writer = await asyncio.open_unix_connection(self._target)
-                await asyncio.gather(self._ask(reader, store_writer), self._answer(store_reader, writer))
+                cut = asyncio.Event()
+                await asyncio.gather(self._ask(reader, store_writer, cut), self._answer(store_reader, writer, cut))
         finally:
             writer.close()
 
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event) -> None:
         try:
             while data := await reader.read(65536):
                 await self.held.wait()
+                if self.cuts and b"INFO" not in data:
+                    self.cuts = False
+                    cut.set()
                 writer.write(data)
         finally:
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cut: asyncio.Event) -> None:
         try:
             while data := await reader.read(65536):
-                if self.deaf or self.cuts:
+                if self.deaf or cut.is_set():
                     self.lost += 1
-                if self.cuts:
-                    self.cuts = False
+                if cut.is_set():
                     break
                 if not self.deaf:
                     writer.write(data)
