@@ -8,34 +8,39 @@ limits, by what the store last said: shares.py. What was served so is settled wh
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import redis.exceptions
 import structlog
 
 from gateway.counts import UNKNOWN_WINDOW, Words, corrected, running_window, taken
-from gateway.errors import Dialect, GatewayError, InternalError, RateLimited, StoreUnavailable
-from gateway.refusals import POLITE, Refusals
-from gateway.settlements import End, Reached, Settlements
+from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
+from gateway.intents import Charges, Intent
+from gateway.records import ORGANISATIONS, UsageRecord
+from gateway.refusals import Refusals, share_spent
+from gateway.settlements import UNRESERVED, End, Reached, Settlements, end_of, live_key, reservation_key
 from gateway.shares import Shares
 from gateway.snapshot import Limit
-from gateway.standings import DEGRADED, Standing, standing_headers
-from gateway.store import Arg, Coalesced, Script, Store, StoreAway, leaving
+from gateway.spool import Spool, SpoolError
+from gateway.standings import DEGRADED, Standing, standings_of
+from gateway.store import Coalesced, Script, Store, StoreAway, leaving
 from gateway.terms import Charge, Terms
-from gateway.usage import UsageRecord
+from gateway.usage import Progress
 
-# A seat outlives its worker by so much; a live one is renewed three times in it. So does a worker's share.
+# A seat outlives its worker by so much, and so does a request; a live one is renewed three times in it. So does a
+# worker's share.
 SEAT_LEASE = 15.0
 _RENEW_EVERY = SEAT_LEASE / 3
 _BEAT_EVERY = 1.0  # and so long a worker may think that there are fewer workers than there are
-# Longer than any answer may take: a reservation that is never settled ends by itself.
-_RESERVATION = 86_400.0
+# Until a worker comes to sweep what others have left; nobody serves longer than that without one.
+_RESERVATION = 30 * 86_400.0
 _SETTLE_AGAIN = 0.2
 _WORKERS = "{gateway}:workers"
 
@@ -52,6 +57,10 @@ class Admissible(Protocol):
     def dialect(self) -> Dialect: ...
 
     def end(self, error: BaseException | None) -> None: ...
+
+    def intent(self, charges: Charges) -> Intent: ...
+
+    def progress(self) -> Progress | None: ...
 
     def record(self) -> UsageRecord: ...
 
@@ -87,12 +96,11 @@ class Lease:
 class Admission:
     """All that is decided in the store. One for each worker. `reached` is told of thresholds, see Settlements."""
 
-    def __init__(self, store: Store, reached: Reached) -> None:
+    def __init__(self, store: Store, spool: Spool, reached: Reached) -> None:
         self._store = store
         self._reached = reached
         self._admit = Coalesced(store, Script("admit"), (int(SEAT_LEASE * 1000), int(_RESERVATION * 1000)))
-        self._look = Coalesced(store, Script("admit"), (0, 0))  # no admission waits in one trip with these
-        self._settlements = Settlements(store, reached)
+        self.settlements = Settlements(store, spool, reached)
         self._renew, self._beat = Script("renew"), Script("beat")
         self._worker = os.urandom(8).hex()
         self._live: dict[str, Lease] = {}
@@ -101,41 +109,44 @@ class Admission:
         self._shares = Shares()
         self._renewed = 0.0
         self._told = [0, 0]  # how many workers there are, and which of them this one is
+        self._organisations: dict[str, bool] = {}  # that were admitted, and whether the store has been told of each
 
     def __repr__(self) -> str:
-        return f"<Admission {len(self._live)} live, {len(self._settlements)} not settled yet>"
+        return f"<Admission {len(self._live)} live, {len(self.settlements)} not settled yet>"
 
     @property
     def unsettled(self) -> int:
         """How many ended requests the store has not acknowledged."""
-        return len(self._settlements)
+        return len(self.settlements)
 
     @property
     def idle(self) -> bool:
         """Whether no request is under way, and every one that has ended is settled."""
-        return not self._live and not self._settlements
+        return not self._live and not self.settlements
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker is the one that does what one of them has to do."""
+        return self._told[0] > 0 and self._told[1] == 0
 
     def admit(self, request: Admissible) -> Lease:
         """The lease of a request, to be entered. Entering raises RateLimited, QuotaExhausted or StoreUnavailable."""
         return Lease(self, request)
 
-    async def look(self, organisation: str, charges: Sequence[Charge]) -> tuple[Standing, ...]:
-        """Where these counts stand; nothing is taken. Raises StoreUnavailable."""
-        keys = [_reservation(organisation, ""), *(charge.key for charge in charges)]
-        _, _, _, _, *rows = await self._look((keys, ("", "", [taken(charge) for charge in charges])))
-        return _standings(charges, rows)
-
     async def take(self, lease: Lease) -> tuple[Standing, ...]:
         """Take every limit of a lease, or none."""
         terms = lease.terms
-        if self._settlements.full:
+        if self.settlements.full:
             raise StoreUnavailable("too many ended requests wait for the store of keys and limits", retry_after=1)
         again = self._refusals.again(terms.charges, lease.asked, lease.request.dialect)
         if again is not None:
             raise again
-        keys = [_reservation(terms.organisation, lease.id), *(charge.key for charge in terms.charges)]
+        organisation, charges = terms.organisation, terms.charges
+        if organisation not in self._organisations:
+            self._organisations[organisation] = False
+        keys = [reservation_key(organisation, lease.id), live_key(organisation), *(charge.key for charge in charges)]
         try:
-            answer = await self._admit((keys, (lease.id, _intent(lease), [taken(charge) for charge in terms.charges])))
+            answer = await self._admit((keys, (lease.id, _intent(lease), [taken(charge) for charge in charges])))
         except StoreUnavailable as away:
             return self._take_share(lease, away)
         except asyncio.CancelledError:
@@ -144,7 +155,7 @@ class Admission:
         except redis.exceptions.ResponseError as refusal:
             raise InternalError("the store refused the admission script") from refusal
         verdict, binding, wait, soonest, *rows = answer
-        standings = _standings(terms.charges, rows)
+        standings = standings_of(terms.charges, rows)
         lease.since = time.monotonic()
         self._shares.saw(standings, lease.since)
         if verdict not in (_ADMITTED, _REPEATED):
@@ -159,7 +170,7 @@ class Admission:
             if flag > 1:
                 used = charge.limit.capacity - standing.remaining
                 self._reached(lease.terms.organisation, charge, flag >> 1, used, standing.window)
-            if not standing.over and (charge.limit.holds or charge.limit.kind == "seats"):
+            if not standing.over and charge.limit.returns:
                 self._refusals.returns.take(charge.key, lease.id, charge.amount, lease.since)
                 if charge.limit.kind == "seats":
                     self._seats[charge.key] += 1
@@ -187,101 +198,162 @@ class Admission:
         sent = not isinstance(away, StoreAway)  # it may have been taken all the same
         if not terms.closed:
             standings, refusing, wait = self._shares.admit(lease.id, terms.charges, self._seats, now)
-            if refusing is None:
+            if refusing is None and self._noted(lease):
                 lease.since, lease.degraded = now, True
                 self._live[lease.id] = lease
                 return standings
-            refused = _share_spent(standings, refusing, wait, lease.request.dialect)
+            if refusing is None:
+                self._shares.settle(lease.id, terms.charges, [0] * len(terms.charges), now)
+                refused = StoreUnavailable("what is used cannot be written down now", retry_after=1)
+            else:
+                refused = share_spent(standings, refusing, wait, lease.request.dialect)
         if sent:
             self._give_up(lease)
         refused.extra_headers = [*refused.extra_headers, DEGRADED]
         raise refused from away
 
+    def _noted(self, lease: Lease) -> bool:
+        """Write down a request that the store does not know of; false where that has to be and cannot."""
+        try:
+            if self.settlements.unkept:
+                raise SpoolError(self.settlements.unkept)
+            self.settlements.begin(lease.id, lease.terms.organisation, _intent(lease))
+        except SpoolError as failure:
+            if lease.terms.billed:
+                return False
+            _log.error("not_noted", request_id=lease.id, reason=str(failure))
+        return True
+
     # — the end
 
     async def settle(self, lease: Lease) -> None:
-        """Give back what was not used and write the row; returns when the store has, or cannot now."""
+        """Give back what was not used and write the row; returns when the store has, or the spool."""
         del self._live[lease.id]
         used = [0 if standing.over else lease.request.used(standing.charge.limit) for standing in lease.standings]
         now = time.monotonic()
-        end = _settlement(lease, used)
+        end, cancelled = _settlement(lease, used), False
         if lease.degraded:
             self._shares.settle(lease.id, lease.terms.charges, used, now)
-            self._settlements.later(end)
-            return
+            self.settlements.later(end)
+        else:
+            self._give_back(lease, used, now)
+            if self._store.away:
+                self._shares.settle(lease.id, lease.terms.charges, used, now)
+                self.settlements.later(end)
+            else:
+                sent = self.settlements.send(end)
+                cancelled = await _shielded(sent, self._store.deadline, lease.since - lease.asked)
+        if end.id in self.settlements:
+            cancelled |= await _shielded(asyncio.ensure_future(self.settlements.keep(end.id)))
+        if cancelled:
+            raise asyncio.CancelledError
+
+    def _give_back(self, lease: Lease, used: Sequence[int], now: float) -> None:
         for standing, amount in zip(lease.standings, used, strict=True):
             charge = standing.charge
-            if not standing.over and (charge.limit.holds or charge.limit.kind == "seats"):
+            if not standing.over and charge.limit.returns:
                 self._refusals.returns.give(charge.key, lease.id, amount, now)
                 if charge.limit.kind == "seats":
                     self._seats[charge.key] -= 1
                     if not self._seats[charge.key]:
                         del self._seats[charge.key]
-        if self._store.away:
-            self._settlements.later(end)
-            self._shares.settle(lease.id, lease.terms.charges, used, now)
-        elif await _shielded(self._settlements.send(end), self._store.deadline, lease.since - lease.asked):
-            raise asyncio.CancelledError
 
     def _give_up(self, lease: Lease) -> None:
         charges = [(charge, UNKNOWN_WINDOW) for charge in lease.terms.charges if not charge.limit.shadow]
-        words = [corrected(charge, 0, UNKNOWN_WINDOW) for charge, _ in charges]
-        self._settlements.send(_end(lease, charges, words, "", "", ()), again=True)
+        words = [(charge.key, corrected(charge, 0, UNKNOWN_WINDOW)) for charge, _ in charges]
+        self.settlements.send(end_of(lease.id, lease.terms.organisation, None, words, charges=charges), again=True)
 
     async def finish(self) -> None:
         """Settle what is left, as far as the store lets."""
-        await self._settlements.finish()
+        await self.settlements.finish()
 
     # — what goes on beside
 
     async def keep_up(self) -> None:
-        """Renew the seats of live requests and this worker's place among all, and send again what was not acknowledged,
-        for ever."""
+        """Renew live requests and this worker's place among all, and send again what was not acknowledged, for ever."""
         beaten = 0.0
         while not leaving():
-            if not self._store.away:
-                await self._settlements.catch_up()
             now = time.monotonic()
-            if now - beaten >= _BEAT_EVERY and not self._store.away:
-                beaten = now
-                await self._stay(now)
+            try:
+                if not self._store.away:
+                    await self.settlements.catch_up()
+                    if now - beaten >= _BEAT_EVERY:
+                        beaten = now
+                        await self._stay(now)
+                elif now - self._renewed >= _RENEW_EVERY:
+                    self._renewed = now
+                    for lease in self._live.values():
+                        self.settlements.progress(lease.id, lease.terms.organisation, _progress(lease))
+            except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
+                _log.warning("not_renewed", live=len(self._live), reason=type(failure).__name__)
             await asyncio.sleep(_SETTLE_AGAIN)
 
     async def _stay(self, now: float) -> None:
-        try:
-            told = await self._store.run(self._beat, [_WORKERS], [self._worker, int(SEAT_LEASE * 1000)])
-            # After an absence the first one to come back sees nobody else yet.
-            self._shares.workers, self._shares.rank = max(told, self._told)
-            self._told = told
-            if now - self._renewed >= _RENEW_EVERY:
-                self._renewed = now
-                await self._renew_seats(now)
-        except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
-            _log.warning("seats_not_renewed", live=len(self._live), reason=type(failure).__name__)
+        told = await self._store.run(self._beat, [_WORKERS], [self._worker, int(SEAT_LEASE * 1000)])
+        # After an absence the first one to come back sees nobody else yet.
+        self._shares.workers, self._shares.rank = max(told, self._told)
+        self._told = told
+        if self._renewed < self._store.since:  # it has been away, or has just been opened: it may have forgotten
+            self._renewed = 0.0
+            self._organisations = dict.fromkeys(self._organisations, False)
+        fresh = [name for name, known in self._organisations.items() if not known]
+        if fresh:
+            await self._store.call(lambda: self._store.client.sadd(ORGANISATIONS, *fresh))
+            self._organisations.update(dict.fromkeys(fresh, True))
+        if now - self._renewed >= _RENEW_EVERY:
+            await self._renew_live([lease for lease in self._live.values() if self._due(lease, now)])
+            self._renewed = now
 
-    async def _renew_seats(self, now: float) -> None:
-        held: dict[int, list[tuple[str, Lease]]] = {}
-        for lease in self._live.values():
-            if now - lease.since >= _RENEW_EVERY:  # of one that is degraded, where it was admitted all the same
-                batch = held.setdefault(self._store.slot(_reservation(lease.terms.organisation, "")), [])
-                charges = (s.charge for s in lease.standings if s.charge.limit.kind == "seats" and not s.over)
-                batch += ((charge.key, lease) for charge in charges)
-        lapsed = 0
-        for batch in held.values():
-            for start in range(0, len(batch), 500):
-                some = batch[start : start + 500]
-                keys = [k for key, lease in some for k in (key, _reservation(lease.terms.organisation, lease.id))]
-                ids: list[Arg] = [lease.id for _, lease in some]
-                kept = await self._store.run(self._renew, keys, [int(SEAT_LEASE * 1000), *ids])
-                lapsed += sum(answer == 0 for answer in kept)
+    def _due(self, lease: Lease, now: float) -> bool:
+        """Whether a lease would lapse before it is renewed next time; and what came to be without the store is told."""
+        return lease.degraded or not self._renewed or now - lease.since >= _RENEW_EVERY
+
+    async def _renew_live(self, leases: Iterable[Lease], *, unknown: bool = False) -> None:
+        by_slot: dict[int, list[Lease]] = {}
+        for lease in leases:
+            by_slot.setdefault(self._store.slot(live_key(lease.terms.organisation)), []).append(lease)
+        batches = [held[i : i + _RENEWED] for held in by_slot.values() for i in range(0, len(held), _RENEWED)]
+        lapsed = swept = 0
+        forgotten: list[Lease] = []
+        for batch in batches:
+            some = [lease for lease in batch if lease.id in self._live]
+            for lease, answer in zip(some, await self._renewed_all(some, unknown=unknown), strict=True):
+                if answer >= 0:
+                    lapsed += answer
+                    self.settlements.forget(lease.id)
+                elif answer == _NOT_KNOWN:
+                    forgotten.append(lease)
+                else:
+                    swept += lease.id in self._live
         if lapsed:
             _log.warning("seats_lapsed", seats=lapsed)
+        if swept:
+            _log.warning("requests_lapsed", requests=swept)
+        if forgotten and not unknown:
+            await self._renew_live(forgotten, unknown=True)
 
+    async def _renewed_all(self, leases: Sequence[Lease], *, unknown: bool) -> list[int]:
+        """What renew.lua says of each; of those that are not known it is told all."""
+        keys: list[str] = []
+        words = []
+        for lease in leases:
+            organisation = lease.terms.organisation
+            seats = [s.charge.key for s in lease.standings if s.charge.limit.kind == "seats" and not s.over]
+            keys += (reservation_key(organisation, lease.id), live_key(organisation), *seats)
+            words.append((lease.id, _progress(lease), len(seats), _intent(lease) if unknown else ""))
+        told = (msgspec.msgpack.encode(words), int(SEAT_LEASE * 1000), int(_RESERVATION * 1000))
+        answers: list[int] = await self._store.run(self._renew, keys, told)
+        return answers
+
+
+# What renew.lua says of a request.
+_NOT_KNOWN = -2
+_RENEWED = 200  # requests in one script
 
 _ADMITTED, _REPEATED, _GIVEN_UP, _FOREIGN = 1, 2, 3, 4
 
 
-async def _shielded(answer: asyncio.Future[list[int]], deadline: float, waited: float) -> bool:
+async def _shielded(answer: asyncio.Future[Any], deadline: float = math.inf, waited: float = 0.0) -> bool:
     """Wait for an answer whatever happens, as long as the deadline of its request lets. Returns whether the caller has
     left meanwhile. The store's own deadline bounds an answer; only who has waited before has less time than that."""
     cancelled = False
@@ -302,47 +374,22 @@ async def _shielded(answer: asyncio.Future[list[int]], deadline: float, waited: 
     return cancelled
 
 
-_LONGEST_GUESS = 5.0  # seconds; when the store is back nobody knows
-
-
-def _share_spent(standings: tuple[Standing, ...], bound: Standing, wait: float, dialect: Dialect) -> GatewayError:
-    """What a caller is told whom this worker's share of a limit refuses: the limit itself may have room."""
-    limit, scope = bound.charge.limit, bound.charge.scope
-    text = f"{scope} has used this worker's share of the limit {limit.name}, while the store of limits is away"
-    wait = min(max(POLITE, wait), _LONGEST_GUESS)
-    headers = standing_headers(standings, bound, dialect)
-    return RateLimited(text, retry_after=wait, headers=headers, policies=(limit.name,))
-
-
-def _standings(charges: Sequence[Charge], rows: Sequence[int]) -> tuple[Standing, ...]:
-    """What a script says of each limit: remaining, reset µs, window, held, flags."""
-    resets, over = [reset / 1e6 for reset in rows[1::5]], [flags & 1 == 1 for flags in rows[4::5]]
-    return tuple(map(Standing, charges, rows[0::5], resets, rows[2::5], rows[3::5], over))
-
-
-def _reservation(organisation: str, request_id: str) -> str:
-    return f"{{{organisation}}}:request:{request_id}"
-
-
 def _intent(lease: Lease) -> str:
     """What is known of a request before it is sent: enough to settle it without its worker."""
-    terms = lease.terms
-    charges = [[charge.key, charge.limit.kind, charge.limit.count, charge.amount] for charge in terms.charges]
-    intent = {"team": terms.team, "key": terms.key_id, "user": terms.user, "pool": terms.pool, "charges": charges}
-    return msgspec.json.encode(intent).decode()
+    charges = [charge for charge in lease.terms.charges if not charge.limit.shadow]
+    told = tuple((c.key, c.limit.count, corrected(c, c.amount, UNKNOWN_WINDOW)) for c in charges)
+    return msgspec.json.encode(lease.request.intent(told)).decode()
 
 
-def _counters(record: UsageRecord) -> Words:
-    """What the hourly sums grow by, in the order of settle.lua."""
-    answered = 0 if record.source == "none" else 1
-    return (answered, record.input_tokens, record.cached_tokens, record.output_tokens, record.cost_microusd)
+def _progress(lease: Lease) -> str:
+    progress = lease.request.progress()
+    return "" if progress is None else msgspec.json.encode(progress).decode()
 
 
 def _settlement(lease: Lease, used: Sequence[int]) -> End:
     """What ends a lease: its row, what the sums grow by, and what becomes of every charge."""
-    record = lease.request.record()
     charges: list[tuple[Charge, int]] = []
-    words: list[Words] = []
+    words: list[tuple[str, Words]] = []
     for standing, amount in zip(lease.standings, used, strict=True):
         charge, window = standing.charge, standing.window
         if lease.degraded:
@@ -351,24 +398,7 @@ def _settlement(lease: Lease, used: Sequence[int]) -> End:
             continue  # as it was taken
         if not standing.over:
             charges.append((charge, window))
-            words.append(corrected(charge, amount, window))
-    return _end(lease, charges, words, msgspec.json.encode(record).decode(), sums_field(record), _counters(record))
-
-
-def _end(
-    lease: Lease, charges: list[tuple[Charge, int]], words: list[Words], row: str, field: str, counters: Words
-) -> End:
-    organisation = lease.terms.organisation
-    keys = [_reservation(organisation, lease.id), ledger_stream(organisation), *(charge.key for charge, _ in charges)]
-    item = (keys, (lease.id, row, field, counters, words, int(lease.degraded)))
-    return End(lease.id, item, organisation, charges)
-
-
-def ledger_stream(organisation: str) -> str:
-    """The stream of an organisation's usage rows; its hourly sums stand under `<stream>:<hour>`."""
-    return f"{{{organisation}}}:usage"
-
-
-def sums_field(record: UsageRecord) -> str:
-    """What the hourly sums are kept by."""
-    return msgspec.json.encode([record.team, record.key, record.user or "", record.model]).decode()
+            words.append((charge.key, corrected(charge, amount, window)))
+    flags = UNRESERVED if lease.degraded else 0
+    record = lease.request.record()
+    return end_of(lease.id, lease.terms.organisation, record, words, charges=charges, flags=flags)

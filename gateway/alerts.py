@@ -22,6 +22,7 @@ import msgspec
 import structlog
 
 from gateway.language import WebhookPolicy, signing_key
+from gateway.standings import rfc3339
 from gateway.terms import Charge
 
 _MOST_PENDING = 100
@@ -187,7 +188,7 @@ def _body(charge: Charge, organisation: str, share: float, used: int, window: in
     limit = charge.limit
     length: dict[str, object] = {"length": limit.window, "rolling": limit.kind == "rolling"}
     if limit.kind == "quota":
-        length["starts_at"] = _rfc3339(window)
+        length["starts_at"] = rfc3339(window)
     data = {
         "organisation": organisation,
         "limit": limit.name,
@@ -199,12 +200,8 @@ def _body(charge: Charge, organisation: str, share: float, used: int, window: in
         "capacity": limit.capacity,
         "window": length,
     }
-    return msgspec.json.encode({"type": "limit.warning", "timestamp": _rfc3339(int(time.time())), "data": data})
+    return msgspec.json.encode({"type": "limit.warning", "timestamp": rfc3339(int(time.time())), "data": data})
 
 
 def _percent(share: float) -> str:
     return f"{share * 100:g}%"
-
-
-def _rfc3339(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
@@ -36,15 +34,18 @@ from gateway.errors import (
     NotFound,
     StoreUnavailable,
 )
-from gateway.explain import limits_of
+from gateway.explain import Looks, limits_of
 from gateway.hops import pseudonym
+from gateway.housekeeping import Housekeeping
+from gateway.identity import Principal
 from gateway.keys import KeyRing
 from gateway.openapi import openapi
 from gateway.policy import load
 from gateway.pools import Live
 from gateway.proxy import Proxy
 from gateway.reference import page
-from gateway.settings import Settings
+from gateway.settings import Settings, pepper
+from gateway.spool import Spool
 from gateway.store import Store
 from gateway.telemetry import observer
 from gateway.terms import Charge, may_use
@@ -64,12 +65,16 @@ _AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)
 class Gateway:
     """The data plane as an ASGI application."""
 
-    def __init__(self, live: Live, store: Store, keys: KeyRing, admission: Admission, name: bytes) -> None:
+    def __init__(
+        self, live: Live, store: Store, keys: KeyRing, admission: Admission, spool: Spool, name: bytes
+    ) -> None:
         self.live = live
         self.store = store
         self.keys = keys
         self.admission = admission
+        self.spool = spool
         self.draining = False
+        self._looks = Looks(store)
         self._proxy = Proxy(live, keys, admission, observer(), name)
         self._rest = Starlette(
             routes=[
@@ -112,34 +117,36 @@ class Gateway:
 
     async def _models(self, request: Request) -> Response:
         """The models that the caller may use."""
-        may = self._may(request)
+        may = self._may(self._caller(request))
         usable = [_shown(model) for model in self.live.policies.snapshot.public_models if may(model)]
         ends = {"first_id": usable[0]["id"], "last_id": usable[-1]["id"]} if usable else {}
         return JSONResponse({"object": "list", "data": usable, "has_more": False, **ends})
 
     async def _model(self, request: Request) -> Response:
         """One of them, by whichever of its names."""
-        may = self._may(request)
-        model = self.live.policies.snapshot.model(request.path_params["name"])
-        if model is None or not may(model):
-            raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
-        return JSONResponse(_shown(model))
+        return JSONResponse(_shown(self._usable(self._caller(request), request.path_params["name"])))
 
     async def _limits(self, request: Request) -> Response:
         """Where the caller stands with every limit that binds: of one model where the query names it, else of all."""
-        principal = self.keys.identify(request.scope["headers"])
-        snapshot = self.live.policies.snapshot
+        principal, snapshot = self._caller(request), self.live.policies.snapshot
         name = request.query_params.get("model")
-        model = None if name is None else snapshot.model(name)
-        if name is not None and (model is None or not self._may(request)(model)):
-            raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
-        models = snapshot.public_models if model is None else (model,)
-        rows = await limits_of(self.admission, snapshot, principal, models, request.query_params.get("user"))
+        models = snapshot.public_models if name is None else (self._usable(principal, name),)
+        user, users = request.query_params.get("user"), self.keys.stored_user
+        rows = await limits_of(self._looks, snapshot, principal, models, users, user)
         return JSONResponse({"object": "list", "data": rows}, headers={"cache-control": "no-store"})
 
-    def _may(self, request: Request) -> Callable[[snapshot.Model], bool]:
+    def _caller(self, request: Request) -> Principal:
+        return self.keys.identify(request.scope["headers"])
+
+    def _usable(self, principal: Principal, name: str) -> snapshot.Model:
+        """The model of this name, if the caller may use it. Raises NotFound."""
+        model = self.live.policies.snapshot.model(name)
+        if model is None or not self._may(principal)(model):
+            raise NotFound("no model of this name that the key may use", code="model_not_found", param="model")
+        return model
+
+    def _may(self, principal: Principal) -> Callable[[snapshot.Model], bool]:
         """Whether the caller may use a model."""
-        principal = self.keys.identify(request.scope["headers"])
         team = self.live.policies.snapshot.teams.get(principal.team)
         return lambda model: team is not None and may_use(principal, team, model.name)
 
@@ -170,6 +177,7 @@ class Gateway:
                 ("draining", self.draining),
                 ("keys are not loaded", not self.keys.loaded and not self.store.away),
                 (f"the store {self.store.reason}", self.store.away),
+                (f"the spool cannot be written: {self.spool.failure}", self.spool.failure),
             )
             if holds
         ]
@@ -255,11 +263,15 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         share = charge.limit.warn_at[number - 1]
         alerts.warn(charge, organisation, share, used, window, live.policies.snapshot.gateway.webhook)
 
-    gateway = Gateway(live, store, keys, Admission(store, reached), pseudonym(secret))
+    spool = Spool(settings.spools, most=settings.spool_most)
+    await spool.probe()
+    admission = Admission(store, spool, reached)
+    gateway = Gateway(live, store, keys, admission, spool, pseudonym(secret))
+    chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
-    tasks = [asyncio.ensure_future(work) for work in (keys.follow(), gateway.admission.keep_up(), followed)]
+    tasks = [asyncio.ensure_future(work) for work in (keys.follow(), admission.keep_up(), chores.run(), followed)]
     for task in tasks:
         task.add_done_callback(_over)
     try:
@@ -268,7 +280,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await gateway.admission.finish()
+        await admission.finish()
+        await spool.aclose()
         await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
@@ -278,20 +291,3 @@ def _over(task: asyncio.Future[None]) -> None:
     """What goes on for ever has ended: nobody would hear of it otherwise, and the gateway serve on without it."""
     if not task.cancelled() and (defect := task.exception()) is not None:
         _log.error("task_died", task=repr(task), exc_info=defect)
-
-
-def pepper(settings: Settings) -> bytes:
-    """The secret that keys are hashed with: the one that is set, or one made once in the state folder."""
-    if settings.key_pepper:
-        return settings.key_pepper.encode()
-    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = settings.state / "pepper"
-    if not file.exists():
-        # Whoever comes second at the same moment takes what the first one made.
-        draft = settings.state / f"pepper.{os.getpid()}"
-        draft.touch(mode=0o600)
-        draft.write_text(secrets.token_hex(32))
-        with suppress(FileExistsError):
-            file.hardlink_to(draft)
-        draft.unlink()
-    return file.read_bytes().strip()

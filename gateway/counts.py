@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from gateway.snapshot import STRETCHES, Limit, windows_around
+from gateway.snapshot import NOMINAL, Limit, windows_around
 from gateway.terms import Charge
 
 Words = tuple[str | int, ...]
@@ -22,8 +22,6 @@ UNKNOWN_WINDOW = 0  # of a charge of which the store has not said in which windo
 
 _HOLDS, _SHADOW = 1, 2
 _LETTERS: Mapping[str, str] = {"rate": "r", "quota": "q", "rolling": "w", "seats": "s"}
-# How long windows are, in seconds: enough to say how many of them have passed.
-_NOMINAL = {**STRETCHES, "month": 2_629_746}
 
 
 class _Told(NamedTuple):
@@ -39,7 +37,7 @@ class _Told(NamedTuple):
 def _told(limit: Limit) -> _Told:
     own: Words = {
         "rate": (limit.amount, limit.period),
-        "quota": (_NOMINAL.get(limit.window, 0),),
+        "quota": (NOMINAL.get(limit.window, 0),),
         "rolling": (limit.period,),
         "seats": (),
     }[limit.kind]

@@ -9,18 +9,20 @@ from typing import Literal
 from gateway.admission import Lease
 from gateway.asgi import Receive
 from gateway.endpoints import Endpoint
-from gateway.errors import ClientGone, Dialect, Fault, GatewayError
+from gateway.errors import ClientGone, Dialect, Fault, GatewayError, UpstreamTimeout
 from gateway.hops import Way
 from gateway.identity import Principal
+from gateway.intents import Charges, Intent
 from gateway.learned import Learned
 from gateway.normalize import InferenceRequest
+from gateway.records import EndedBy, UsageRecord
 from gateway.snapshot import Limit
 from gateway.terms import Terms, used
 from gateway.uploads import Upload
 from gateway.upstream import Answer
-from gateway.usage import NOTHING, REFUSED, Usage, UsageRecord, usage_of
+from gateway.usage import NOTHING, REFUSED, Progress, Usage, usage_of
 
-Ended = Literal["complete", "refused", "client", "upstream", "gateway"]
+Ended = EndedBy | Literal["refused"]  # refused: by the caller's own fault; client: he left
 
 
 class Exchange:
@@ -29,7 +31,7 @@ class Exchange:
     __slots__ = (
         "_usage",
         "answer",
-        "body_read",
+        "body",
         "called",
         "commented",
         "ended",
@@ -52,7 +54,7 @@ class Exchange:
         self.called = called or self.id.encode()  # what the caller and the backend call it
         self.endpoint = endpoint
         self.received = time.monotonic()
-        self.body_read = False  # of a request whose body is read before it is understood
+        self.body: int | None = None  # bytes of a body that was read before it was understood
         self.upload: Upload | None = None  # a body that is passed on as it comes
         self.principal: Principal | None = None
         self.way: Way | None = None
@@ -70,7 +72,7 @@ class Exchange:
     @property
     def has_all(self) -> bool:
         """Whether all of the request is here, so that the next one may follow on its connection."""
-        return self.body_read or (self.upload is not None and self.upload.finished)
+        return self.body is not None or (self.upload is not None and self.upload.finished)
 
     def after(self, receive: Receive) -> Receive:
         """What says that the caller has left, once all of his request is here."""
@@ -89,22 +91,46 @@ class Exchange:
     def usage(self) -> Usage:
         """What was used, once the answer has ended: nothing without an answer, nor of a backend that was not able to
         give one (429, 5xx); one that found the caller at fault took a request, and no tokens."""
-        answer, request = self.answer, self.request
-        if answer is None or request is None or self.status == 429 or self.status >= 500:
+        answer = self.answer
+        if answer is None or self.request is None or self.status == 429 or self.status >= 500:
             return NOTHING
         if self._usage is None:
-            self._usage = (
-                REFUSED
-                if answer.status >= 400
-                else usage_of(
-                    answer.tail,
-                    self.endpoint,
-                    stream=answer.is_stream,
-                    input_estimate=self.terms.input_estimate,
-                    output_bound=request.output_bound,
-                )
-            )
+            self._usage = self._read(answer, self.request)
         return self._usage
+
+    def progress(self) -> Progress | None:
+        """What was used so far, and of whom, while the answer comes; None while nothing was answered."""
+        answer = self.answer
+        if answer is None or self.request is None or self.status == 429 or self.status >= 500:
+            return None
+        usage = self._read(answer, self.request)
+        if not usage.answered:
+            return None
+        return Progress(
+            input=usage.input,
+            cached=usage.cached,
+            output=usage.output,
+            reasoning=usage.reasoning,
+            input_source=usage.input_source,
+            output_source=usage.output_source,
+            http_status=answer.status,
+            attempt=answer.attempts,
+            bytes_out=answer.tail.length,
+            first_byte_ms=self._ms(answer.answered),
+            upstream=answer.upstream.name,
+            served_model=answer.model.name,
+        )
+
+    def _read(self, answer: Answer, request: InferenceRequest) -> Usage:
+        if answer.status >= 400:
+            return REFUSED
+        return usage_of(
+            answer.tail,
+            self.endpoint,
+            stream=answer.is_stream,
+            input_estimate=self.terms.input_estimate,
+            output_bound=request.output_bound,
+        )
 
     def teach(self, learned: Learned) -> None:
         """What there is to learn of an answer that is complete, and whose usage the upstream has told."""
@@ -135,15 +161,36 @@ class Exchange:
                 self.ended = "complete"
             case ClientGone():
                 self.ended = "client"
+            case UpstreamTimeout():
+                self.error = error.with_traceback(None)
+                self.ended = "timeout"
             case GatewayError():
                 self.error = error.with_traceback(None)  # whose frames hold all that was on the way, and this
                 self.ended = _ENDED_BY[error.fault]
             case _:
                 self.ended = "gateway"
 
+    def intent(self, charges: Charges) -> Intent:
+        """What is known before it is sent."""
+        terms, request = self.terms, self.request
+        assert request is not None
+        return Intent(
+            team=terms.team,
+            key=terms.key_id,
+            user=terms.user,
+            model=request.model.name,
+            pool=terms.pool,
+            endpoint=self.endpoint.name,
+            stream=request.stream,
+            price=terms.price,
+            received_ms=self.received_ms,
+            bytes_in=self.body or 0,
+            input_estimate=terms.input_estimate,
+            charges=charges,
+        )
+
     def used(self, limit: Limit) -> int:
-        assert self.request is not None
-        return used(limit.count, self.usage, self.request)
+        return used(limit.count, self.usage, self.terms.price)
 
     def record(self) -> UsageRecord:
         """The row of the ledger."""
@@ -151,28 +198,39 @@ class Exchange:
         usage, answer = self.usage, self.answer
         return UsageRecord(
             id=self.id,
+            status="settled",
             organisation=self.terms.organisation,
             team=self.terms.team,
             key=self.terms.key_id,
             user=self.terms.user,
             model=self.request.model.name,
+            served_model=None if answer is None else answer.model.name,
             pool=self.terms.pool if answer is None else answer.model.pool,
             upstream=None if answer is None else answer.upstream.name,
             endpoint=self.endpoint.name,
-            status=self.status,
-            ended=self.ended,
             stream=self.request.stream,
+            http_status=self.status,
+            ended="client" if self.ended == "refused" else self.ended,
+            attempt=0 if answer is None else answer.attempts,
+            requests=int(usage.answered),
             input_tokens=usage.input,
             cached_tokens=usage.cached,
             output_tokens=usage.output,
-            source=usage.source,
-            cost_microusd=usage.cost(self.request.model),
+            reasoning_tokens=usage.reasoning,
+            input_source=usage.input_source,
+            output_source=usage.output_source,
+            price=self.terms.price,
+            cost_microusd=usage.cost(self.terms.price),
             received_ms=self.received_ms,
-            first_byte_ms=None if answer is None else round((answer.answered - self.received) * 1000),
-            duration_ms=round((time.monotonic() - self.received) * 1000),
-            attempts=0 if answer is None else answer.attempts,
+            first_byte_ms=None if answer is None else self._ms(answer.answered),
+            ended_ms=self._ms(time.monotonic()),
+            bytes_in=self.body or 0 if self.upload is None else self.upload.passed,
             bytes_out=0 if answer is None else answer.tail.length,
         )
+
+    def _ms(self, at: float) -> int:
+        """A time of time.monotonic(), in milliseconds since 1970, counted from when the request came."""
+        return self.received_ms + round((at - self.received) * 1000)
 
     @property
     def received_ms(self) -> int:

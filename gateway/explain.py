@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from gateway.admission import Admission
+from gateway.counts import taken
 from gateway.errors import Forbidden
 from gateway.identity import Principal
+from gateway.settlements import live_key, reservation_key
 from gateway.snapshot import Model, Snapshot
-from gateway.standings import shown
-from gateway.terms import Charge, looked_at, may_use
+from gateway.standings import Standing, shown, standings_of
+from gateway.store import Coalesced, Script, Store
+from gateway.terms import Charge, Users, looked_at, may_use, whom
 
 _AT_ONCE = 50  # counts that are asked for in one script: others wait for it
 
 
+class Looks:
+    """The script of admissions, asked what would be. No admission waits in one trip with these."""
+
+    def __init__(self, store: Store) -> None:
+        self._look = Coalesced(store, Script("admit"), (0, 0))
+
+    async def __call__(self, organisation: str, charges: Sequence[Charge]) -> tuple[Standing, ...]:
+        """Where these counts stand; nothing is taken. Raises StoreUnavailable."""
+        keys = [reservation_key(organisation, ""), live_key(organisation), *(charge.key for charge in charges)]
+        _, _, _, _, *rows = await self._look((keys, ("", "", [taken(charge) for charge in charges])))
+        return standings_of(charges, rows)
+
+
 async def limits_of(
-    admission: Admission, snapshot: Snapshot, principal: Principal, models: Iterable[Model], user: str | None = None
+    looks: Looks,
+    snapshot: Snapshot,
+    principal: Principal,
+    models: Iterable[Model],
+    users: Users,
+    user: str | None = None,
 ) -> list[dict[str, object]]:
     """Each limit that binds requests of a key to these models, those of a model for each of them, as `shown` has it.
 
@@ -24,14 +44,15 @@ async def limits_of(
     team = snapshot.teams.get(principal.team)
     if team is None:
         raise Forbidden("the team of this key is not in the policies any more")
+    stored = whom(principal, user, team, snapshot, users)
     charges: dict[str, Charge] = {}
     for model in models:
         if may_use(principal, team, model.name):
-            charges.update((charge.key, charge) for charge in looked_at(principal, team, model, user))
+            charges.update((charge.key, charge) for charge in looked_at(principal, team, model, stored))
     asked = list(charges.values())
     standings = [
         standing
         for start in range(0, len(asked), _AT_ONCE)
-        for standing in await admission.look(team.organisation, asked[start : start + _AT_ONCE])
+        for standing in await looks(team.organisation, asked[start : start + _AT_ONCE])
     ]
     return [shown(standing) for standing in standings]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Iterable
-from hashlib import blake2b
+from functools import cache
 from zlib import crc32
 
 import msgspec
@@ -79,9 +79,24 @@ def credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return found[0]
 
 
-def anonymous(user: str) -> str:
-    """A user's name for keys of counters: of one length, and not to be read back."""
-    return blake2b(user.encode("utf-8", "surrogatepass"), digest_size=9).hexdigest()
+_LONGEST_NAME = 64  # a user is called as callers call him, but nobody writes a book into the ledger
+
+
+def stored_user(secret: bytes, organisation: str, name: str, plain: bool) -> str:
+    """What stands for a user of an organisation in counts, rows and sums: `u_` and 20 hex digits, or, if it is to be
+    plain, the name, where that can be shown in a line: of printable characters, and not too long.
+
+    The digits are HMAC-SHA256, under a key that is derived for users alone (RFC 5869's idea: one secret, one purpose):
+    from a name nobody gets to them without the secret, and a user of two organisations is not known for the same."""
+    if plain and len(name) <= _LONGEST_NAME and name.isprintable():
+        return name
+    text = f"{organisation}\0{name}".encode("utf-8", "surrogatepass")  # an organisation's name has no NUL
+    return f"u_{hmac.digest(_for_users(secret), text, 'sha256').hex()[:20]}"
+
+
+@cache
+def _for_users(secret: bytes) -> bytes:
+    return hmac.digest(secret, b"gateway users", "sha256")
 
 
 def _base62(number: int, width: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from gateway.errors import StoreUnavailable, Unauthenticated
-from gateway.identity import REFUSED, Principal, credential, hash_key, key_id_of, new_key
+from gateway.identity import REFUSED, Principal, credential, hash_key, key_id_of, new_key, stored_user
 from gateway.store import Script, Store, StoreError, leaving
 from gateway.topology import Failures
 
@@ -106,6 +106,10 @@ class KeyRing:
         if not hmac.compare_digest(digest, known) or principal is None or expires <= time.time():
             raise Unauthenticated(REFUSED)
         return principal
+
+    def stored_user(self, organisation: str, name: str, plain: bool) -> str:
+        """What stands for a user in the store, see identity.stored_user."""
+        return stored_user(self._pepper, organisation, name, plain)
 
     # — reading
 

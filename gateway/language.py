@@ -10,8 +10,10 @@ import re
 from base64 import b64decode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from functools import partial
 from ipaddress import ip_address
+from math import inf
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
@@ -21,7 +23,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     WithJsonSchema,
     model_validator,
 )
@@ -103,6 +107,22 @@ def _address(form: str, example: str, found: str) -> str:
     return found
 
 
+def _instant(found: object) -> datetime:
+    """A time, of what YAML or ISO 8601 (RFC 3339) knows for one; a day begins at midnight UTC."""
+    try:
+        match found:
+            case str():
+                return _instant(date.fromisoformat(found) if len(found) == 10 else datetime.fromisoformat(found))
+            case datetime(tzinfo=zone) if zone is not None:
+                return found.astimezone(UTC)
+            case date() if not isinstance(found, datetime):
+                return datetime(found.year, found.month, found.day, tzinfo=UTC)
+    except (ValueError, OverflowError):
+        pass
+    shown = found.isoformat() if isinstance(found, date) else show(found)
+    raise ValueError(f"{shown} is no time, expected a day such as 2026-01-01, or 2026-01-01T09:00:00+01:00")
+
+
 def _percent(found: object) -> float:
     """A share such as `10%`, as a number from 0 to 1."""
     match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*%", found) if isinstance(found, str) else None
@@ -128,6 +148,9 @@ _HEADER = (
     r"(?!(?:authorization|connection|content-.*|cookie|expect|forwarded|host|keep-alive|proxy-.*|te|trailer"
     r"|transfer-encoding|upgrade|via|x-api-key|x-forwarded-.*|x-real-ip|x-request-id|x-stainless-.*)$)[a-z0-9-]{1,64}"
 )
+_TABLE = r"(?:[a-z_][a-z0-9_]{0,47}\.)?[a-z_][a-z0-9_]{0,47}"  # PostgreSQL has 63; a partition's name is longer
+_FOLDER = r"/[^\x00-\x1f\x7f]{0,1000}"
+_EVENT_WORD = r"[!-~]{1,200}"
 _NUMBER = r"[0-9]{1,15}(\.[0-9]{1,15})?\s*"
 _AMOUNT = r"[0-9][0-9_]*\s*/\s*"
 
@@ -189,6 +212,26 @@ HeaderName = Annotated[
     AfterValidator(partial(_matching, _HEADER, "no header's name in lower case that may travel, such as x-experiment")),
     _form(_HEADER, "x-experiment"),
 ]
+Instant = Annotated[
+    datetime,
+    BeforeValidator(_instant),
+    WithJsonSchema({"type": "string", "examples": ["2026-01-01", "2026-01-01T09:00:00+01:00"]}),
+]
+TableName = Annotated[
+    str,
+    AfterValidator(partial(_matching, _TABLE, "no name of a table, expected one such as usage, or ledger.usage")),
+    _form(_TABLE, "usage", "ledger.usage"),
+]
+Folder = Annotated[
+    str,
+    AfterValidator(partial(_matching, _FOLDER, "no folder, expected one from the root on, such as /var/lib/usage")),
+    _form(_FOLDER, "/var/lib/gateway/usage"),
+]
+EventWord = Annotated[
+    str,
+    AfterValidator(partial(_matching, _EVENT_WORD, "no word of an event, expected ASCII without a blank")),
+    _form(_EVENT_WORD),
+]
 Profile = Annotated[
     Literal["2023", "4.21.6", "2026"],
     BeforeValidator(lambda found: str(found) if type(found) is int else found),  # as YAML reads a year
@@ -238,6 +281,14 @@ def signing_key(secret: str) -> bytes:
     return key
 
 
+class LedgerPolicy(_Document):
+    """How long rows of the ledger are kept; the sums of hours, days and months are for 400 days."""
+
+    keep: Seconds = Field(
+        90 * 86_400.0, ge=3600, description="then a row goes, once every export has it that the policies name"
+    )
+
+
 class GatewayPolicy(_Document):
     """What holds for every request."""
 
@@ -262,17 +313,43 @@ class GatewayPolicy(_Document):
     )
     webhook: WebhookPolicy | None = Field(None, description="who is told of `warn_at`; left out: the log alone")
     time_zone: Zone = Field("UTC", description="of calendar quotas; a limit may name its own")
+    users: Literal["hashed", "plain"] = Field(
+        "hashed",
+        description="how `user` of requests and keys stands in counts, rows and sums: hashed: as HMAC-SHA256 under a "
+        "secret of the gateway, so that it is known again and not read; plain: as callers write it",
+    )
+    ledger: LedgerPolicy = Field(LedgerPolicy.model_construct(), description="how long rows are kept")
     perf_headers: bool = Field(
         False, description="true: answers say in server-timing where their time went: gateway, queue, upstream"
     )
 
 
-class Price(_Document):
+class PricePolicy(_Document):
     """US dollars per million tokens."""
 
+    since: Instant | None = Field(
+        None,
+        alias="from",
+        description="a day, which begins at midnight UTC, or a time with its zone; requests that come from then on "
+        "have this price, until the next one of the list; left out: from the beginning",
+    )
     input: Dollars = Field(0.0, description="of the prompt")
     cached_input: Dollars | None = Field(None, description="of what a backend had of it already; left out: as input")
     output: Dollars = Field(0.0, description="of the answer")
+    reasoning: Dollars | None = Field(None, description="of what of it is reasoning; left out: as output")
+
+    @property
+    def starts(self) -> float:
+        """From when on it holds, in seconds since 1970."""
+        return -inf if self.since is None else self.since.timestamp()
+
+
+# One price, or each from its day on.
+_Prices = Annotated[
+    Annotated[PricePolicy, Tag("one")]
+    | Annotated[tuple[PricePolicy, ...], Field(strict=False, min_length=1), Tag("several")],
+    Discriminator(lambda found: "several" if isinstance(found, list | tuple) else "one"),
+]
 
 
 class Timeouts(_Document):
@@ -313,7 +390,15 @@ class ModelPolicy(_Document):
         "do that themselves (`api: openai`); left out: not known",
     )
     max_output_tokens: int = Field(8192, ge=1, le=10**7, description="the bound where a request names none")
-    price: Price = Field(Price(), description="what usage costs, for limits in usd and for the ledger")
+    price: _Prices = Field(
+        PricePolicy.model_construct(),
+        description="what usage costs, for limits in usd and for the ledger: one price, or a list of them, ascending "
+        "by `from`; before the first one it costs nothing, and a request keeps the price of the moment when it came",
+    )
+
+    @property
+    def prices(self) -> tuple[PricePolicy, ...]:
+        return self.price if isinstance(self.price, tuple) else (self.price,)
 
 
 class FamilyPolicy(_Document):
@@ -522,6 +607,50 @@ class TeamPolicy(_Document):
     )
 
 
+_TOGETHER = "rows that are delivered together at most"
+_ATTEMPTS = Field(
+    10, ge=1, le=1000, description="how often a row may be rejected; then it is put aside, see `gateway exports dead`"
+)
+
+
+class JsonLinesExport(_Document):
+    """Rows as lines of JSON in files, which never change once they are closed."""
+
+    to: Literal["jsonl"] = Field(description="files")
+    folder: Folder = Field(description="where the files are; it is made")
+    rotate: Bytes = Field(64 * 1024**2, ge=1, description="a file of this size is closed")
+    every: Seconds = Field(3600.0, gt=0, description="and so is one that is so old")
+    batch: int = Field(100, ge=1, le=1000, description=_TOGETHER)
+    attempts: int = _ATTEMPTS
+
+
+class PostgresExport(_Document):
+    """Rows of a table of PostgreSQL, which is made, with a partition for each month."""
+
+    to: Literal["postgres"] = Field(description="a database; needs `pip install model-gateway[postgres]`")
+    dsn_env: str = Field(description="the environment variable that says how to connect: postgresql://…")
+    table: TableName = Field("usage", description="its name, in a schema or not")
+    batch: int = Field(100, ge=1, le=1000, description=_TOGETHER)
+    attempts: int = _ATTEMPTS
+
+
+class CloudEventsExport(_Document):
+    """Rows as CloudEvents 1.0 over HTTP, in the batches that OpenMeter takes."""
+
+    to: Literal["cloudevents"] = Field(description="a receiver of events")
+    url: HookUrl = Field(description="gets a POST for each batch")
+    token_env: str | None = Field(
+        None, description="the environment variable that holds the token it asks for; left out: it asks for none"
+    )
+    source: EventWord = Field("model-gateway", description="`source` of the events")
+    type: EventWord = Field("tokens", description="`type` of the events, by which OpenMeter's meters know them")
+    batch: int = Field(100, ge=1, le=100, description=_TOGETHER)
+    attempts: int = _ATTEMPTS
+
+
+Export = Annotated[JsonLinesExport | PostgresExport | CloudEventsExport, Field(discriminator="to")]
+
+
 class Documents(_Document):
     """All sections of a policy directory."""
 
@@ -533,3 +662,4 @@ class Documents(_Document):
     plans: dict[Name, PlanPolicy] = Field({}, description="limits, by plan")
     organisations: dict[Name, OrganisationPolicy] = Field({}, description="who pays, where it has limits of its own")
     teams: dict[Name, TeamPolicy] = Field({}, description="who calls")
+    exports: dict[Name, Export] = Field({}, description="where rows of the ledger go")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 
 from gateway.documents import Path_, PolicyError, Source, show
 from gateway.endpoints import ENDPOINTS, Endpoint
-from gateway.language import Documents, LimitPolicy, ModelPolicy, RoutePolicy, TeamPolicy, listed
+from gateway.language import Documents, LimitPolicy, ModelPolicy, PricePolicy, RoutePolicy, TeamPolicy, listed
+from gateway.records import Price
 from gateway.snapshot import Family, Limit, Model, Route, Snapshot, Team, matches
 
 
@@ -27,7 +29,7 @@ def load(directory: Path) -> Snapshot:
         documents = Documents.model_validate(source.data)
     except ValidationError as found:
         raise PolicyError(
-            source.mistake(_path(error["loc"]), _explain(error))
+            source.mistake(_path(error["loc"], error["type"]), _explain(error))
             for error in found.errors(include_url=False)
             if not (error["type"] == "too_short" and error["input"])  # what it held was told already
         ) from None
@@ -57,6 +59,9 @@ _FINDINGS: Mapping[str, str] = {
     "greater_than": "{found} is too small, expected more than {gt}",
     "greater_than_equal": "{found} is too small, expected at least {ge}",
     "less_than_equal": "{found} is too large, expected at most {le}",
+    "union_tag_invalid": '"{tag}" is unknown, expected one of {expected_tags}',
+    "union_tag_not_found": "is missing",
+    "model_attributes_type": "{kind}, expected members: to, and those that it has",
 }
 
 
@@ -84,8 +89,14 @@ def _kind(found: object) -> str:
     return f"is {show(found)}"
 
 
-def _path(location: Path_) -> Path_:
-    """The place of a finding; one about a name is where the name stands."""
+def _path(location: Path_, kind: str) -> Path_:
+    """The place of a finding; one about a name is where the name stands, one about the kind of a sink at its `to`.
+
+    Of what may have one of several forms pydantic says which, in the midst of the path: no document has that."""
+    forms = 3 if location[2:3] == ("price",) else 2 if location[0] == "exports" else len(location)
+    location = location[:forms] + location[forms + 1 :]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return (*location, "to")
     return location[:-1] if location[-1] == "[key]" else location
 
 
@@ -93,8 +104,13 @@ def _known(path: Path_) -> list[str]:
     """The members that the language has at a path."""
     node = schema = _schema()
     for step in path:
+        forms, kinds = node.get("oneOf"), node.get("discriminator", {}).get("mapping", {})
         named = next(iter(node.get("patternProperties", {}).values()), None)
         node = node.get("properties", {}).get(step) or named or node.get("items") or {}
+        if forms:  # the step is no member, but says which of them was found
+            node = {"$ref": kinds[step]} if step in kinds else forms[step == "several"]
+        if "anyOf" in node:
+            node = node["anyOf"][0]
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
     return list(node.get("properties", ()))
@@ -108,6 +124,7 @@ def _schema() -> dict[str, Any]:
 def _dangling(documents: Documents) -> Iterator[tuple[Path_, str]]:
     """Names that stand for nothing, and names that stand for two things."""
     yield from _dangling_in_models(documents)
+    yield from _prices_out_of_order(documents)
     yield from _dangling_in_routes(documents)
     yield from _dangling_in_pools(documents)
     yield from _doubled_in_plans(documents)
@@ -141,6 +158,16 @@ def _dangling_in_models(documents: Documents) -> Iterator[tuple[Path_, str]]:
             if alias in names:
                 yield ("models", name, "aliases", i), f'"{alias}" is already {names[alias]}, expected a name of its own'
             names[alias] = f"an alias of {name}"
+
+
+def _prices_out_of_order(documents: Documents) -> Iterator[tuple[Path_, str]]:
+    for name, model in documents.models.items():
+        for i, (before, price) in enumerate(pairwise(model.prices), 1):
+            if price.since is None:
+                yield ("models", name, "price", i, "from"), "is missing, expected the day from which this price holds"
+            elif before.since is not None and price.since <= before.since:
+                text = f"{price.since:%Y-%m-%dT%H:%MZ} is not after {before.since:%Y-%m-%dT%H:%MZ}"
+                yield ("models", name, "price", i, "from"), f"{text}, expected them to ascend"
 
 
 _STARRED = "is an alias, expected no star in it, nor in what it stands for"
@@ -289,7 +316,9 @@ def _compile(documents: Documents, revision: str) -> Snapshot:
         name: Team(name, policy.organisation, policy.plan, policy.models, (*shared(policy), *plans[policy.plan]))
         for name, policy in documents.teams.items()
     }
-    return Snapshot(revision, documents.gateway, models, tuple(patterns), routes, documents.pools, teams)
+    return Snapshot(
+        revision, documents.gateway, models, tuple(patterns), routes, documents.pools, teams, documents.exports
+    )
 
 
 def _beginning(model: Model) -> tuple[int, int]:
@@ -305,7 +334,7 @@ def _route(path: str, policy: RoutePolicy, documents: Documents) -> Route:
     pools = [documents.pools[name] for name in names]
     together = {"first_byte": pools[0].timeouts.first_byte}  # all of them have the time that the first one has
     model, *others = (
-        Model(path, path, None, name, pool.api, path, 0, 0, 0, 0, timeouts=pool.timeouts.model_copy(update=together))
+        Model(path, path, None, name, pool.api, path, 0, timeouts=pool.timeouts.model_copy(update=together))
         for name, pool in zip(names, pools, strict=True)
     )
     model = replace(model, fallbacks=tuple(others))
@@ -313,8 +342,6 @@ def _route(path: str, policy: RoutePolicy, documents: Documents) -> Route:
 
 
 def _model(name: str, policy: ModelPolicy, documents: Documents, families: Mapping[str, Family]) -> Model:
-    price = policy.price
-    cached = price.input if price.cached_input is None else price.cached_input
     model = Model(
         name=name,
         entry=name,
@@ -323,13 +350,17 @@ def _model(name: str, policy: ModelPolicy, documents: Documents, families: Mappi
         api="fireworks",
         upstream_name=policy.upstream_model or name,
         max_output_tokens=policy.max_output_tokens,
-        input_price=round(price.input * 1_000_000),
-        cached_input_price=round(cached * 1_000_000),
-        output_price=round(price.output * 1_000_000),
+        prices=tuple((price.starts, _in_microusd(price)) for price in policy.prices),
         context_window=policy.context_window,
         restore_name=policy.restore_name,
     )
     return _in_pool(model, policy.pool, documents)
+
+
+def _in_microusd(price: PricePolicy) -> Price:
+    cached = price.input if price.cached_input is None else price.cached_input
+    reasoning = price.output if price.reasoning is None else price.reasoning
+    return Price(*(round(dollars * 1_000_000) for dollars in (price.input, cached, price.output, reasoning)))
 
 
 def _in_pool(model: Model, name: str, documents: Documents) -> Model:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from gateway.admission import Admission, Lease
 from gateway.asgi import (
@@ -38,6 +39,9 @@ from gateway.standings import DEGRADED, standing_headers
 from gateway.terms import terms_for
 from gateway.uploads import Upload, read_form
 from gateway.upstream import Answer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _LARGE = 256 * 1024  # bytes of a body that is looked at beside the event loop
 
@@ -93,9 +97,10 @@ class Proxy:
         x.principal = self._keys.identify(scope["headers"])  # 401
         x.way = Way(scope, self._name, x.called, os.urandom(16))  # 505, 508
         x.request = await understood(x, to, scope, receive, snapshot)  # 400, 404, 413, 422
-        x.terms = terms_for(x.principal, x.request, snapshot, self._learned)  # 400, 403
+        users, at = self._keys.stored_user, x.received_ms / 1000
+        x.terms = terms_for(x.principal, x.request, snapshot, self._learned, users, at)  # 400, 403
         if x.terms.bounded:
-            x.request = bounded(x.request)
+            x.request = await beside(x.body or 0, bounded, x.request)
 
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
             opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
@@ -116,10 +121,8 @@ async def understood(
     query = scope["query_string"]
     if x.endpoint.body == "json":
         body = await read_body(scope, receive, most)
-        x.body_read = True
-        if len(body) > _LARGE:
-            return await asyncio.to_thread(normalize, x.endpoint, body, snapshot, query)
-        return normalize(x.endpoint, body, snapshot, query)
+        x.body = len(body)
+        return await beside(x.body, normalize, x.endpoint, body, snapshot, query)
     content_type = header(headers, b"content-type") or b""
     if isinstance(to, Route):
         x.upload = upload = Upload(scope, receive, most)
@@ -129,6 +132,11 @@ async def understood(
     request = of_form(to, form, content_type, query, snapshot)
     x.upload = request.upload
     return request
+
+
+async def beside(size: int, work: Callable[P, T], *args: P.args, **given: P.kwargs) -> T:
+    """Work on a body of so many bytes, beside the event loop if they are many."""
+    return await asyncio.to_thread(work, *args, **given) if size > _LARGE else work(*args, **given)
 
 
 async def relay(x: Exchange, scope: Scope, send: Send) -> list[Message]:

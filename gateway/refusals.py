@@ -13,14 +13,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from gateway.errors import Dialect, GatewayError
+from gateway.errors import Dialect, GatewayError, RateLimited
+from gateway.recent import Recent
 from gateway.returns import Returns
-from gateway.standings import Standing, refusal
+from gateway.standings import POLITE, Standing, refusal, standing_headers
 from gateway.terms import Charge
 
-POLITE = 1.0  # seconds that a caller is told where nobody knows when it is worth asking again
 _REPEATED = 1.0  # seconds that a refusal is repeated at most: an operator may have changed a count by hand
 _MOST = 10_000
+_LONGEST_GUESS = 5.0  # seconds; when the store is back nobody knows
 
 
 class _Refused(NamedTuple):
@@ -52,7 +53,7 @@ class Refusals:
 
     def __init__(self) -> None:
         self.returns = Returns()
-        self._held: dict[tuple[str, ...], _Refused] = {}
+        self._held: Recent[tuple[str, ...], _Refused] = Recent(_MOST)
 
     def refuse(
         self,
@@ -73,7 +74,8 @@ class Refusals:
             told = min(wait, max(soonest, self._until_returned(standing, now)))
         if soonest > 0:
             until = now + min(soonest, _REPEATED)
-            self._hold(_Refused(charges, standings, binding, now, until, now + told))
+            counts = tuple([charge.key for charge in charges])
+            self._held.put(counts, _Refused(charges, standings, binding, now, until, now + told))
         return refusal(standings, standing, told, dialect, held_back=soonest == 0)
 
     def again(self, charges: Sequence[Charge], now: float, dialect: Dialect) -> GatewayError | None:
@@ -85,7 +87,7 @@ class Refusals:
         if refused is None:
             return None
         if now >= refused.until:
-            del self._held[counts]
+            self._held.forget(counts)
             return None
         longer = refused.still(charges)
         if longer is None:
@@ -97,12 +99,6 @@ class Refusals:
         )
         return refusal(standings, standings[refused.binding], refused.told - now + longer, dialect)
 
-    def _hold(self, refused: _Refused) -> None:
-        if len(self._held) >= _MOST:
-            self._held = {counts: one for counts, one in self._held.items() if one.until > refused.at}
-        if len(self._held) < _MOST:
-            self._held[tuple([charge.key for charge in refused.charges])] = refused
-
     def _until_returned(self, standing: Standing, now: float) -> float:
         """When enough of what others hold has come back, by what this worker has learned of its own."""
         charge, limit = standing.charge, standing.charge.limit
@@ -111,3 +107,12 @@ class Refusals:
         over = charge.amount - standing.remaining
         returns = self.returns.wait(charge.key, over, now, held=held, refill=refill)
         return POLITE if returns is None else returns
+
+
+def share_spent(standings: tuple[Standing, ...], bound: Standing, wait: float, dialect: Dialect) -> GatewayError:
+    """What a caller is told whom this worker's share of a limit refuses: the limit itself may have room."""
+    limit, scope = bound.charge.limit, bound.charge.scope
+    text = f"{scope} has used this worker's share of the limit {limit.name}, while the store of limits is away"
+    wait = min(max(POLITE, wait), _LONGEST_GUESS)
+    headers = standing_headers(standings, bound, dialect)
+    return RateLimited(text, retry_after=wait, headers=headers, policies=(limit.name,))

@@ -12,9 +12,8 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
-from typing import Generic, TypeVar
 
-V = TypeVar("V")
+from gateway.recent import Recent
 
 _KEYS = 10_000  # whose reservations are remembered
 _SEEN = 32  # holds that the durations are learned from, the latest ones
@@ -25,44 +24,13 @@ _OVERDUE = 0.25  # of its age: what a hold is given that already lasts longer th
 _SPREAD = 8  # holds that stand for those of other workers, where this one has none itself
 
 
-class Recent(Generic[V]):
-    """Values by key: those of the last `most` / 2 keys that were used for certain, and never more than `most`.
-
-    Two generations: what is used is taken into the younger one; when that is full, the older one is forgotten.
-    """
-
-    __slots__ = ("_half", "_old", "_young")
-
-    def __init__(self, most: int) -> None:
-        self._half = most // 2
-        self._young: dict[str, V] = {}
-        self._old: dict[str, V] = {}
-
-    def __len__(self) -> int:
-        return len(self._young) + len(self._old.keys() - self._young.keys())
-
-    def get(self, key: str) -> V | None:
-        value = self._young.get(key)
-        if value is None and self._old:
-            value = self._old.pop(key, None)
-            if value is not None:
-                self.put(key, value)
-        return value
-
-    def put(self, key: str, value: V) -> None:
-        young = self._young
-        young[key] = value
-        if len(young) >= self._half:
-            self._young, self._old = {}, young
-
-
 class Returns:
     """The reservations of one worker, by the key of their count. Amounts are in units of the limit, times in s."""
 
     __slots__ = ("_keys",)
 
     def __init__(self) -> None:
-        self._keys: Recent[_Holds] = Recent(_KEYS)
+        self._keys: Recent[str, _Holds] = Recent(_KEYS)
 
     def take(self, key: str, id: str, amount: int, now: float) -> None:
         """A request has reserved so much."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,6 +65,12 @@ def _unfit_address(text: str) -> str | None:
     return None
 
 
+def _unfit_key(text: str) -> str | None:
+    """What is expected of a key that travels in a header, or None."""
+    fits = text.isascii() and text.isprintable() and " " not in text
+    return None if fits else "printable ASCII without spaces, as it has to travel in a header"
+
+
 def _setting(
     default: Any,
     description: str,
@@ -85,7 +93,10 @@ class Settings:
     policies: Path = _setting(Path("policies"), "directory of the policy documents")
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "port to listen on; 0: any free one", within=(0, 65535))
-    state: Path = _setting(Path(".gateway"), "folder of the embedded store, its socket and the key pepper")
+    state: Path = _setting(
+        Path(".gateway"),
+        "folder of the embedded store and its socket, the spools, the key pepper and the admin key",
+    )
     redis_url: str = _setting(
         "",
         "an existing Valkey or Redis instead of the embedded one: redis://host:port, unix:///path, "
@@ -99,11 +110,25 @@ class Settings:
         "folder",
         secret=True,
     )
+    spool_most: int = _setting(
+        256 * 1024 * 1024,
+        "the most that a worker keeps of usage on the disk, while the store of limits is away",
+        unit="bytes",
+        within=(1 << 20, 1 << 40),
+    )
+    admin_key: str = _setting(
+        "", "key of the control plane; left out: made once, kept in the state folder", secret=True, unfit=_unfit_key
+    )
     store_deadline: float = _setting(
         0.05, "the most that a request waits for the store", unit="seconds", within=(0.001, 60)
     )
     drain: float = _setting(30.0, "how long answers may go on after SIGTERM", unit="seconds", within=(0, 86400))
     log: LogFormat = _setting("auto", "people (columns and colours), json, or auto: people on a terminal")
+
+    @property
+    def spools(self) -> Path:
+        """The folder of what could not be told to the store."""
+        return self.state / "spool"
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Settings:
@@ -141,3 +166,28 @@ def _unfit(known: Mapping[str, Any], value: Any) -> str | None:
         return f"a number from {within[0]} to {within[1]}"
     expected: str | None = known["unfit"](value)
     return expected
+
+
+def pepper(settings: Settings) -> bytes:
+    """The secret that keys and users are hashed with: the one that is set, or one made once in the state folder."""
+    return settings.key_pepper.encode() or _kept(settings.state, "pepper")
+
+
+def admin_key(settings: Settings) -> bytes:
+    """What opens the control plane: the key that is set, or one made once in the state folder."""
+    return settings.admin_key.encode() or _kept(settings.state, "admin_key")
+
+
+def _kept(state: Path, name: str) -> bytes:
+    """A secret of a state folder, made when it is first asked for: 64 hex digits in a file of our own."""
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = state / name
+    if not file.exists():
+        # Whoever comes second at the same moment takes what the first one made.
+        draft = state / f"{name}.{os.getpid()}"
+        draft.touch(mode=0o600)
+        draft.write_text(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            file.hardlink_to(draft)
+        draft.unlink()
+    return file.read_bytes().strip()

@@ -1,80 +1,219 @@
-"""Requests that have ended: each is settled once, now or when the store is back.
+"""Requests that have ended: each is settled once, now or when the store is back, whoever dies meanwhile.
 
-What the store has not acknowledged is kept and sent again until it is: the scripts know a request by its id, so that
-sending twice counts once. After an absence it is sent batch by batch, one after the other, and not all at once.
+What the store has not acknowledged is written to the worker's spool before anybody sees the end of an answer, and sent
+again until it is acknowledged: the scripts know a request by its id, so that sending twice counts once. What stands in
+the spool of a worker that has died is settled by another one of the same folder.
+
+A store that is lost may forget the last seconds of what it acknowledged (its file is written once a second, and a
+replica lags behind): these are sent again when it is back, as if nobody knew whether they had arrived.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import msgspec
 import structlog
 
+from gateway.counts import Words
+from gateway.intents import correction, correction_id, interrupted, read_intent, read_progress
+from gateway.language import Count
+from gateway.records import UsageRecord, group_of, ledger_stream
+from gateway.spool import Orphan, Spool, SpoolError, adopt
 from gateway.store import Coalesced, Item, Script, Store
-from gateway.terms import Charge
+from gateway.terms import Charge, used
+from gateway.usage import Usage
 
-# How long a settled or given-up id is remembered: what is still on its way arrives far sooner, and whoever sends again
-# does so while it is alive.
-_MARK = 3600.0
-_BATCH, _ROUND = 64, 2048
+# How long a given-up id is remembered: what is still on its way arrives far sooner, and whoever sends again does so
+# while it is alive. And a settled one, of which there are many: who sends later than that looks into the ledger first.
+_MARK, _SETTLED = 3600.0, 120.0
+_LOOK_AFTER = 90.0
+_SKEW = 600.0  # seconds by which a gateway's clock may differ from the store's
+_BATCH, _ROUND, _PAGE = 64, 2048, 1000
+# What a store that is lost may have forgotten of what it acknowledged, in seconds: Valkey puts off writing its file for
+# up to two while the disk is busy.
+_FORGETS = 5.0
 # About 1.5 KiB each. Whoever would add one more is refused before a backend is asked: what is not written down is lost.
 MOST = 100_000
 
-_ABSENT, _UNWRITTEN = 0, -1
+_INTERRUPTED, _ABSENT, _UNWRITTEN = 2, 0, -1
+# The flags of a request, see settle.lua.
+UNRESERVED, DEAD, SWEPT = 1, 2, 4
 
 _log = structlog.get_logger("gateway.admission")
 
 
 class End(NamedTuple):
-    """What ends a request: what the script is told, and the charges that it corrects, with the window of each."""
+    """What ends a request: what the script is told, and the charges that it corrects, with the window of each: none of
+    a spool's, of which it is only known what they count."""
 
     id: str
     item: Item
     organisation: str
     charges: list[tuple[Charge, int]]
+    counts: Sequence[Count]
+
+    @property
+    def row(self) -> str:
+        """Its row, '' for none."""
+        return str(self.item[1][1])
+
+    @property
+    def flags(self) -> int:
+        flags = self.item[1][5]
+        assert isinstance(flags, int)
+        return flags
+
+    def record(self) -> _Ended:
+        """As it stands in a spool."""
+        keys, words = self.item
+        return _Ended(self.id, self.organisation, list(keys), tuple(words), list(self.counts))  # type: ignore[arg-type]
+
+
+def end_of(
+    request_id: str,
+    organisation: str,
+    record: UsageRecord | None,
+    corrections: Iterable[tuple[str, Words]],
+    *,
+    charges: list[tuple[Charge, int]] | None = None,
+    flags: int = 0,
+) -> End:
+    """The end of a request with its row, or of one that is given up."""
+    keys = [reservation_key(organisation, request_id), live_key(organisation), ledger_stream(organisation)]
+    words = []
+    for key, told in corrections:
+        keys.append(key)
+        words.append(told)
+    row, field = "", ""
+    counters: Words = ()
+    if record is not None:
+        row, field = msgspec.json.encode(record).decode(), group_of(record)
+        counters = _counters(record)
+    charges = charges or []
+    counts = [charge.limit.count for charge, _ in charges]
+    return End(request_id, (keys, (request_id, row, field, counters, words, flags)), organisation, charges, counts)
+
+
+def _counters(record: UsageRecord) -> Words:
+    """What the sums grow by, in the order of records.COUNTERS."""
+    return (
+        record.requests,
+        record.input_tokens,
+        record.cached_tokens,
+        record.output_tokens,
+        record.reasoning_tokens,
+        record.cost_microusd,
+    )
+
+
+def reservation_key(organisation: str, request_id: str) -> str:
+    return f"{{{organisation}}}:request:{request_id}"
+
+
+def live_key(organisation: str) -> str:
+    return f"{{{organisation}}}:live"
 
 
 # Told that of a charge in a window a threshold (1, 2 …) was reached, with what is used now.
 Reached = Callable[[str, Charge, int, int, int], None]
 
 
+class _Kept:
+    """An end that the store has not acknowledged. `sent` (seconds since 1970, 0: never) is when it was last on its way,
+    so that it may have been settled; `numbers` are its records in the spool; `corrects` is the end that is settled when
+    this one is."""
+
+    __slots__ = ("corrects", "end", "numbers", "orphan", "sent")
+
+    def __init__(self, end: End, orphan: _Orphaned | None = None) -> None:
+        self.corrects: _Kept | None = None
+        self.end = end
+        self.orphan = orphan
+        self.sent = 0.0
+        self.numbers: list[int] = []
+
+
+class _Orphaned:
+    """The spool of a worker that has died, until all that stands in it is settled."""
+
+    def __init__(self, orphan: Orphan, left: int) -> None:
+        self.orphan = orphan
+        self.left = left
+
+
 class Settlements:
     """What one worker has to tell the store of requests that have ended."""
 
-    def __init__(self, store: Store, reached: Reached) -> None:
+    def __init__(self, store: Store, spool: Spool, reached: Reached) -> None:
         self._store = store
+        self._spool = spool
         self._reached = reached
-        self._settle = Coalesced(store, Script("settle"), (int(_MARK * 1000),))
-        self._pending: dict[str, End] = {}
+        self._settle = Coalesced(store, Script("settle"), (int(_MARK * 1000), int(_SETTLED * 1000)))
+        self._pending: dict[str, _Kept] = {}
         self._late: dict[str, None] = {}  # of these, whom the store did not answer; the next one first
+        self._notes: dict[str, list[int]] = {}  # of requests under way that are noted in the spool
+        self._orphans: dict[str, _Orphaned] = {}  # that are adopted, and those of which a file is kept
+        self._settled: deque[tuple[float, End]] = deque()  # in the last seconds, with when that was
+        self._losses = store.losses
 
     def __len__(self) -> int:
         """How many requests the store has not acknowledged."""
         return len(self._pending)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._pending
+
     @property
     def full(self) -> bool:
         return len(self._pending) >= MOST
 
-    def send(self, end: End, *, again: bool = False) -> asyncio.Future[list[int]]:
+    @property
+    def unkept(self) -> str:
+        """Why the spool takes nothing; nothing where it does."""
+        return self._spool.failure or ("the spool is full" if self._spool.full else "")
+
+    # — one that ends
+
+    def send(self, end: End, *, again: bool = False) -> asyncio.Future[list[Any]]:
         """Settle now. When the future is done, what the store said has been looked at; what failed is sent later."""
-        self._pending[end.id] = end
-        answer: asyncio.Future[list[int]] = self._settle(end.item)
-        answer.add_done_callback(partial(self._answered, end, again))
+        kept = self._pending.get(end.id)
+        if kept is None:
+            kept = self._pending[end.id] = _Kept(end)
+        kept.sent = time.time()
+        answer: asyncio.Future[list[Any]] = self._settle(end.item)
+        answer.add_done_callback(partial(self._answered, kept, again))
         return answer
 
     def later(self, end: End) -> None:
         """Settle when the store is back."""
-        self._pending[end.id] = end
+        self._pending.setdefault(end.id, _Kept(end))
         self._late[end.id] = None
 
-    def pending(self, request_id: str) -> bool:
-        return request_id in self._pending
+    async def keep(self, request_id: str) -> None:
+        """Return when an end that is not acknowledged is in the spool. Without one it is in memory only."""
+        kept = self._pending.get(request_id)
+        if kept is None:
+            return
+        end = kept.end
+        try:
+            number = await self._spool.append(_encode(end.record()))
+        except SpoolError as failure:
+            _log.error("not_spooled", request_id=request_id, reason=str(failure))
+            return
+        if self._pending.get(request_id) is kept:
+            kept.numbers.append(number)
+        else:
+            self._spool.done(number)
 
-    def _answered(self, end: End, again: bool, answer: asyncio.Future[list[int]]) -> None:
+    def _answered(self, kept: _Kept, again: bool, answer: asyncio.Future[list[Any]]) -> None:
+        end = kept.end
         reason = "not awaited" if answer.cancelled() else repr(answer.exception() or "")
         if answer.cancelled() or answer.exception() is not None or answer.result()[0] == _UNWRITTEN:
             if end.id in self._pending:
@@ -83,32 +222,275 @@ class Settlements:
                 if not again:
                     _log.warning("settle_later", request_id=end.id, reason=reason.strip("'") or "the ledger's key")
             return
-        self._pending.pop(end.id, None)
+        status, *more = answer.result()
+        if status == _INTERRUPTED:
+            self._correct(kept, more[0].decode())
+            return
+        if status == _ABSENT and not again and end.row:
+            _log.error("settled_before", request_id=end.id)
+        self._acknowledged(kept)
+        for place, number, used_now in zip(more[0::3], more[1::3], more[2::3], strict=True):
+            if end.charges:
+                charge, window = end.charges[place - 1]
+                self._reached(end.organisation, charge, number, used_now, window)
+
+    def _acknowledged(self, kept: _Kept) -> None:
+        end = kept.end
+        if self._pending.pop(end.id, None) is None:
+            return
         self._late.pop(end.id, None)
-        status, *reached = answer.result()
-        if status == _ABSENT and not again and end.item[1][1]:  # it has a row, which is now in the log only
-            _log.error("reservation_lost", request_id=end.id)
-        for place, number, used in zip(reached[0::3], reached[1::3], reached[2::3], strict=True):
-            charge, window = end.charges[place - 1]
-            self._reached(end.organisation, charge, number, used, window)
+        for number in (*kept.numbers, *self._notes.pop(end.id, ())):
+            self._spool.done(number)
+        if kept.orphan is not None:
+            kept.orphan.left -= 1
+            if not kept.orphan.left:
+                self._release(kept.orphan)
+        if kept.corrects is not None:
+            self._acknowledged(kept.corrects)
+        if end.row:
+            now = time.monotonic()
+            self._settled.append((now, end))
+            while now - self._settled[0][0] > _FORGETS:
+                self._settled.popleft()
+
+    def _correct(self, kept: _Kept, text: str) -> None:
+        """Its worker was taken for dead. If it was not, write down the difference to what was charged then; until that
+        is settled the end is not, so that it is found again if this worker dies now."""
+        end = kept.end
+        if end.flags & DEAD:
+            self._acknowledged(kept)
+            return
+        late, charged = (msgspec.json.decode(row, type=UsageRecord) for row in (end.row, text))
+        more = []
+        before, after = _usage(charged), _usage(late)
+        for count, key, (kind, _, _, _, *rest) in zip(end.counts, end.item[0][3:], _words(end), strict=True):
+            if kind != "s":
+                units = used(count, after, late.price) - used(count, before, charged.price)
+                more.append((key, (kind, max(0, units), 0, 0, *rest)))
+        _log.warning("interrupted_before", request_id=end.id)
+        row = correction(late, charged)
+        self._late.pop(end.id, None)
+        self.send(end_of(row.id, end.organisation, row, more, flags=UNRESERVED), again=True)
+        self._pending[row.id].corrects = kept
+
+    # — one that is under way without the store
+
+    def begin(self, request_id: str, organisation: str, intent: str) -> None:
+        """Note a request before it is served, so that it is written down even if this worker dies. Raises
+        SpoolError."""
+        number = self._spool.note(_encode(_Begun(request_id, organisation, intent)))
+        self._notes.setdefault(request_id, []).append(number)
+
+    def progress(self, request_id: str, organisation: str, progress: str) -> None:
+        """Note how far it has come, as well as that can be."""
+        if request_id in self._notes:
+            try:
+                number = self._spool.note(_encode(_Progressed(request_id, progress)))
+            except SpoolError:
+                return
+            self._notes[request_id].append(number)
+
+    def forget(self, request_id: str) -> None:
+        """The store knows of it now."""
+        for number in self._notes.pop(request_id, ()):
+            self._spool.done(number)
+
+    # — what is left over
 
     async def catch_up(self) -> None:
         """Send again some of what was not acknowledged, as long as the store answers."""
+        if self._losses != self._store.losses:
+            self._losses = self._store.losses
+            self._doubt()
         late = list(self._late)[:_ROUND]
         for start in range(0, len(late), _BATCH):
             if self._store.away:
                 return
             some = [self._pending[name] for name in late[start : start + _BATCH] if name in self._pending]
-            if some:
-                await asyncio.wait([self.send(end, again=True) for end in some])
+            await self._look_up([kept for kept in some if _stale(kept)])
+            answers = [self.send(kept.end, again=True) for kept in some if kept.end.id in self._late]
+            if answers:
+                await asyncio.wait(answers)
+
+    def _doubt(self) -> None:
+        """The store was lost: what it acknowledged shortly before, it may have forgotten."""
+        since = self._store.lost - _FORGETS
+        wall = time.time() - time.monotonic()
+        for at, end in self._settled:
+            if at >= since and end.id not in self._pending:
+                kept = self._pending[end.id] = _Kept(end)
+                kept.sent = wall + at
+                self._late[end.id] = None
+        self._settled.clear()
+
+    async def _look_up(self, doubted: list[_Kept]) -> None:
+        """Acknowledge those that stand in the ledger: the marks that would tell are gone. Raises StoreUnavailable."""
+        by_organisation: dict[str, list[_Kept]] = {}
+        for kept in doubted:
+            by_organisation.setdefault(kept.end.organisation, []).append(kept)
+        for organisation, some in by_organisation.items():
+            received = min(msgspec.json.decode(kept.end.row, type=_Received).received_ms for kept in some)
+            last = max(kept.sent for kept in some)
+            bounds = int(received - _SKEW * 1000), int((last + _SKEW) * 1000)
+            names = {kept.end.id for kept in some}
+            found = await self._rows(organisation, names | {correction_id(name) for name in names}, *bounds)
+            for kept in some:
+                row = found.get(kept.end.id)
+                if row is None:
+                    continue
+                interrupted = msgspec.json.decode(row, type=UsageRecord).status == "interrupted"
+                if interrupted and correction_id(kept.end.id) not in found:
+                    self._correct(kept, row.decode())
+                else:
+                    self._acknowledged(kept)
+
+    async def _rows(self, organisation: str, ids: set[str], first_ms: int, last_ms: int) -> dict[str, bytes]:
+        """The rows of these requests, of those that were written in this stretch of time."""
+        found: dict[str, bytes] = {}
+        stream, after = ledger_stream(organisation), f"{max(0, first_ms)}"
+        while True:
+            some = partial(self._store.client.xrange, stream, min=after, max=f"{last_ms}", count=_PAGE)
+            entries = await self._store.call(some)
+            for _, fields in entries:
+                row: bytes = fields[b"row"]
+                if (name := msgspec.json.decode(row, type=_Named).id) in ids:
+                    found[name] = row
+            if len(entries) < _PAGE:
+                return found
+            after = f"({entries[-1][0].decode()}"
+
+    async def adopt(self, folder: Path) -> None:
+        """Take over what workers of this folder have left that died."""
+        for orphan, records in await asyncio.to_thread(_adopted, folder, set(self._orphans)):
+            for damage in (*orphan.damaged, *orphan.refused):
+                where = {"file": damage.file.name, "offset": damage.offset, "lost": damage.lost}
+                _log.error("spool_damaged", **where, reason=damage.why)
+            ends = [end for end in _ends(records) if end.id not in self._pending]
+            _log.warning("spool_adopted", spool=orphan.name, requests=len(ends))
+            self._orphans[orphan.name] = orphaned = _Orphaned(orphan, len(ends))
+            for end in ends:
+                kept = self._pending[end.id] = _Kept(end, orphaned)
+                kept.sent = time.time()  # as far as is known
+                self._late[end.id] = None
+            if not ends:
+                self._release(orphaned)
+
+    def _release(self, orphaned: _Orphaned) -> None:
+        """All of it is settled."""
+        try:
+            orphaned.orphan.done()
+        except SpoolError as failure:
+            _log.error("spool_not_removed", spool=orphaned.orphan.name, reason=str(failure))
+            return
+        if orphaned.orphan.empty:
+            orphaned.orphan.close()
+            del self._orphans[orphaned.orphan.name]
 
     async def finish(self) -> None:
-        """Settle what is left, as far as the store lets; says how much it did not."""
+        """Settle what is left, as far as the store lets; the rest stays in the spool."""
         self._late = dict.fromkeys(self._pending)
         while self._late and not self._store.away:
             left = len(self._late)
             await self.catch_up()
             if len(self._late) == left:
                 break
+        left_over = [name for name, kept in self._pending.items() if not kept.numbers and kept.orphan is None]
+        await asyncio.gather(*map(self.keep, left_over))
         if self._pending:
             _log.error("not_settled", requests=len(self._pending))
+
+
+class _Received(msgspec.Struct):
+    received_ms: int
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+# What stands in a spool.
+
+
+class _Begun(msgspec.Struct, array_like=True, tag="intent"):
+    id: str
+    organisation: str
+    intent: str
+
+
+class _Progressed(msgspec.Struct, array_like=True, tag="progress"):
+    id: str
+    progress: str
+
+
+class _Ended(msgspec.Struct, array_like=True, tag="end"):
+    id: str
+    organisation: str
+    keys: list[str]
+    words: tuple[str, str, str, Words, list[Words], int]  # as in end_of
+    counts: list[Count]
+
+    def end(self) -> End:
+        """Raises msgspec.DecodeError."""
+        if row := self.words[1]:
+            msgspec.json.decode(row, type=UsageRecord)
+        return End(self.id, (self.keys, self.words), self.organisation, [], self.counts)
+
+
+_encode: Callable[[_Begun | _Progressed | _Ended], bytes] = msgspec.msgpack.Encoder().encode
+_records = msgspec.msgpack.Decoder(_Begun | _Progressed | _Ended)
+
+
+def _adopted(folder: Path, known: Container[str]) -> list[tuple[Orphan, list[bytes]]]:
+    return [(orphan, list(orphan.records())) for orphan in adopt(folder, known)]
+
+
+def _stale(kept: _Kept) -> bool:
+    """Whether it may have been settled so long ago that its mark is gone."""
+    doubtful = kept.orphan is not None or (kept.sent > 0 and time.time() - kept.sent > _LOOK_AFTER)
+    return doubtful and bool(kept.end.row)
+
+
+def _usage(row: UsageRecord) -> Usage:
+    return Usage(row.input_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
+
+
+def _words(end: End) -> list[Words]:
+    words = end.item[1][4]
+    assert isinstance(words, list)
+    return words
+
+
+def _ends(records: Iterable[bytes]) -> list[End]:
+    """What the records of a spool leave to be settled: the end of each request, or what was known of it last."""
+    ends: dict[str, End] = {}
+    begun: dict[str, _Begun] = {}
+    progress: dict[str, str] = {}
+    for record in records:
+        try:
+            match _records.decode(record):
+                case _Ended() as ended:
+                    ends[ended.id] = ended.end()
+                case _Begun() as intent:
+                    begun[intent.id] = intent
+                case _Progressed(name, text):
+                    progress[name] = text
+        except msgspec.DecodeError as error:
+            _log.error("record_unreadable", bytes=len(record), reason=str(error))
+    now = time.time_ns() // 1_000_000
+    for name, intent in begun.items():
+        if name in ends:
+            continue
+        known = intent.intent.encode(), progress.get(name, "").encode()
+        try:
+            ends[name] = swept(name, intent.organisation, *known, now, UNRESERVED)
+        except msgspec.DecodeError as error:
+            _log.error("intent_unreadable", request_id=name, reason=str(error))
+    return list(ends.values())
+
+
+def swept(request_id: str, organisation: str, intent_text: bytes, progress_text: bytes, now_ms: int, how: int) -> End:
+    """The end of a request whose worker has died, by what was known of it. Raises msgspec.DecodeError."""
+    intent, progress = read_intent(intent_text), read_progress(progress_text)
+    row = interrupted(request_id, organisation, intent, progress, ended_ms=now_ms)
+    corrections = intent.corrections(intent.usage(progress))
+    return end_of(request_id, organisation, row, corrections, flags=DEAD | how)

@@ -20,13 +20,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-from gateway.returns import Recent
-from gateway.snapshot import STRETCHES, Limit
+from gateway.recent import Recent
+from gateway.snapshot import NOMINAL, Limit
 from gateway.standings import Standing
 from gateway.terms import Charge
 
 _COUNTS = 100_000  # that are remembered, each as it was last seen; and as many shares
-_NOMINAL = {**STRETCHES, "month": 2_629_746}  # seconds; of months the mean
 
 _Seen: TypeAlias = tuple[Standing, float]
 
@@ -48,8 +47,8 @@ class Shares:
     def __init__(self) -> None:
         self.workers = 1
         self.rank = 0
-        self._seen: Recent[_Seen] = Recent(_COUNTS)
-        self._shares: Recent[_Share] = Recent(_COUNTS)
+        self._seen: Recent[str, _Seen] = Recent(_COUNTS)
+        self._shares: Recent[str, _Share] = Recent(_COUNTS)
         self._admitted: dict[str, _Taken] = {}  # requests under way
         self._seats: dict[str, int] = {}  # that they hold
 
@@ -198,7 +197,7 @@ class _Quota:
     __slots__ = ("_begun", "_ends", "_full", "_left", "_length", "_opened", "_window", "seen")
 
     def __init__(self, limit: Limit, seen: _Seen | None, workers: int, rank: int, at: int) -> None:
-        self._length = limit.period or _NOMINAL[limit.window] * 1_000_000
+        self._length = limit.period or NOMINAL[limit.window] * 1_000_000
         remaining, self._window, self._ends = limit.capacity, 0, at + self._length
         if seen is not None:
             standing, when = seen

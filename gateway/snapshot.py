@@ -21,6 +21,7 @@ from gateway.language import (
     Api,
     Count,
     Effort,
+    Export,
     GatewayPolicy,
     History,
     Kind,
@@ -31,6 +32,7 @@ from gateway.language import (
     StoreFails,
     Timeouts,
 )
+from gateway.records import Price
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +69,11 @@ class Limit:
     def holds(self) -> bool:
         """Whether what it takes is a reservation: more than is known before the answer."""
         return self.count not in ("requests", "concurrent_requests")
+
+    @property
+    def returns(self) -> bool:
+        """Whether what it takes may come back when the request has ended: what is reserved, and seats."""
+        return self.count != "requests"
 
     def amount_at(self, share: float) -> int:
         """The least amount that is so large a share of the capacity: of 0.95 of 500 it is 475."""
@@ -108,8 +115,10 @@ class Limit:
         return limit
 
 
-# What a rolling quota is for, in seconds.
+# What a rolling quota is for, in seconds; and how long calendar windows are: of months the mean, which is enough to say
+# how many of them have passed.
 STRETCHES = {"minute": 60, "hour": 3600, "day": 86_400, "week": 604_800, "month": 30 * 86_400}
+NOMINAL = {**STRETCHES, "month": 2_629_746}
 
 
 def windows_around(window: str, zone: ZoneInfo, at: datetime) -> tuple[datetime, datetime, datetime, datetime]:
@@ -151,9 +160,12 @@ class Family:
     reasoning_history: frozenset[History] | None
 
 
+_FREE = Price()
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model as requests know it. Prices are in micro-dollars per million tokens."""
+    """One model as requests know it."""
 
     name: str  # where the policies name it with a star, the name that was asked
     entry: str  # what the policies call it: its limits are counted by that
@@ -162,9 +174,7 @@ class Model:
     api: Api
     upstream_name: str
     max_output_tokens: int
-    input_price: int
-    cached_input_price: int
-    output_price: int
+    prices: tuple[tuple[float, Price], ...] = ()  # each from an instant on, in seconds since 1970, ascending
     strict: bool = True
     profile: str = "2026"
     context_window: int | None = None
@@ -173,6 +183,10 @@ class Model:
     affinity: bool = False  # whether its pool sends like to like
     timeouts: Timeouts = Timeouts.model_construct()
     fallbacks: tuple[Model, ...] = ()  # in whose places the same request may be answered, in this order
+
+    def price_at(self, seconds: float) -> Price:
+        """The price of a request that came then, in seconds since 1970; before the first price it costs nothing."""
+        return next((price for since, price in reversed(self.prices) if since <= seconds), _FREE)
 
     def fits(self, name: str) -> bool:
         """Whether the star of its entry may stand for what makes this name of it."""
@@ -227,6 +241,7 @@ class Snapshot:
     routes: Mapping[str, Route]
     pools: Mapping[str, PoolPolicy]
     teams: Mapping[str, Team]
+    exports: Mapping[str, Export]
 
     @cached_property
     def public_models(self) -> tuple[Model, ...]:

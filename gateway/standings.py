@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from gateway.errors import Dialect, GatewayError, QuotaExhausted, RateLimited
 from gateway.snapshot import Limit
 from gateway.terms import Charge
 
-# What a caller without a seat is told: how long other requests take is not known, one second is a polite guess.
-_SEAT_WAIT = 1.0
+# Seconds that a caller is told where nobody knows when it is worth asking again, as without a seat.
+POLITE = 1.0
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -31,6 +31,12 @@ class Standing(msgspec.Struct, frozen=True):
     window: int
     held: int = 0
     over: bool = False
+
+
+def standings_of(charges: Sequence[Charge], rows: Sequence[int]) -> tuple[Standing, ...]:
+    """What admit.lua says of each limit: remaining, reset µs, window, held, flags."""
+    resets, over = [reset / 1e6 for reset in rows[1::5]], [flags & 1 == 1 for flags in rows[4::5]]
+    return tuple(map(Standing, charges, rows[0::5], resets, rows[2::5], rows[3::5], over))
 
 
 # The answer was decided without the store: each worker enforces its share, or nothing is enforced.
@@ -57,7 +63,7 @@ def refusal(
     if limit.kind in ("quota", "rolling") and limit.window != "minute" and not held_back:
         return QuotaExhausted(_exhausted(bound, wait), headers=headers, policies=policies)
     if limit.kind == "seats":
-        return RateLimited(_seatless(bound), retry_after=wait or _SEAT_WAIT, headers=headers, policies=policies)
+        return RateLimited(_seatless(bound), retry_after=wait or POLITE, headers=headers, policies=policies)
     text = f"{bound.charge.scope} {_over(limit)}: {_taken(bound)}; try again in {_go_duration(wait)}"
     return RateLimited(text, retry_after=wait, headers=headers, policies=policies)
 
@@ -213,11 +219,12 @@ _LAST_SECOND = 253_402_300_799  # of the year 9999, after which RFC 3339 has no 
 
 def _timestamp(seconds: float, now: float) -> str:
     """The time in so many seconds as Anthropic writes it, in RFC 3339's form, in UTC; rounded up."""
-    return _rfc3339(min(ceil(now + seconds), _LAST_SECOND))
+    return rfc3339(min(ceil(now + seconds), _LAST_SECOND))
 
 
 @lru_cache(maxsize=1024)  # many stand at the same time
-def _rfc3339(at: int) -> str:
+def rfc3339(at: int) -> str:
+    """A time in seconds since 1970, as the internet writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 

@@ -81,6 +81,8 @@ class Store:
         self.deadline = deadline
         self.away = False
         self.reason = ""  # why it is away, as words that continue "the store …"
+        self.losses, self.lost = 0, 0.0  # how often it was lost, and when it was last, in time.monotonic()
+        self.since = time.monotonic()  # when it came back last, or was opened
         self.warnings: tuple[str, ...] = ()  # what is wrong with how it is set up
         self._topology = topology.opened(url)
         # Any: redis-py types every answer as the union of what each protocol and option could give.
@@ -169,12 +171,13 @@ class Store:
         if self.away:
             return
         self.away, self.reason = True, reason
+        self.losses, self.lost = self.losses + 1, time.monotonic()
         self._answers.clear()
         self._topology.give_up()
         _log.error("store_away", reason=reason)
-        self._returning = asyncio.ensure_future(self._come_back(time.monotonic()))
+        self._returning = asyncio.ensure_future(self._come_back())
 
-    async def _come_back(self, lost: float) -> None:
+    async def _come_back(self) -> None:
         await self._topology.drop()
         bounds = _FIRST_PROBE
         while not leaving():
@@ -190,8 +193,9 @@ class Store:
                 _log.exception("store_probe_failed")
             else:
                 self.away, self.reason, self._looked = False, "", False
+                self.since = time.monotonic()
                 self._answers.set()
-                _log.info("store_back", seconds=round(time.monotonic() - lost, 3))
+                _log.info("store_back", seconds=round(self.since - self.lost, 3))
                 return
 
     async def _write(self, deadline: float) -> None:

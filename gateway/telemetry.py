@@ -106,6 +106,7 @@ def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
         fields["input_tokens"] = usage.input
         fields["cached_tokens"] = usage.cached
         fields["output_tokens"] = usage.output
+        fields["reasoning_tokens"] = usage.reasoning
         fields["usage_source"] = usage.source
         fields["bytes_out"] = answer.tail.length
     if x.lease is not None:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import msgspec
 
 from gateway.errors import BadRequest, Forbidden
-from gateway.identity import Principal, anonymous
-from gateway.language import Count, Reserve, Scope
+from gateway.identity import Principal
+from gateway.language import Count, Reserve, Scope, StoreFails
 from gateway.learned import Learned
 from gateway.normalize import InferenceRequest
+from gateway.records import Price
 from gateway.snapshot import Limit, Model, Snapshot, Team, matches
 from gateway.usage import Usage
 
@@ -37,32 +38,34 @@ class Terms(msgspec.Struct, frozen=True):
     organisation: str
     team: str
     key_id: str
-    user: str | None
+    user: str | None  # as it is stored
     pool: str
     charges: tuple[Charge, ...]
     input_estimate: int = 0  # tokens, by what was learned of the model where they were not counted
     bounded: bool = False  # whether a limit relies on the bound of the output, so that the backend must be told of it
     closed: bool = False  # whether nothing is served while the store is away
+    billed: bool = True  # whether nothing is served whose usage cannot be written down
+    price: Price = Price()  # of the moment it came: by this it is reserved, settled and written down
 
 
-# A user is called as the caller calls him, but nobody writes a book into the ledger.
-_LONGEST_NAME = 64
+# What stands for a user in the store, of an organisation, a name, and whether the policies have it plain.
+Users = Callable[[str, str, bool], str]
 
 # What is used of a count, by its name.
-_USED: dict[Count, Callable[[Usage, Model], int]] = {
-    "requests": lambda usage, model: 0 if usage.source == "none" else 1,
-    "concurrent_requests": lambda usage, model: 0,
-    "input_tokens": lambda usage, model: usage.input,
-    "uncached_input_tokens": lambda usage, model: usage.input - usage.cached,
-    "output_tokens": lambda usage, model: usage.output,
-    "total_tokens": lambda usage, model: usage.total,
-    "usd": lambda usage, model: usage.cost(model),
+_USED: dict[Count, Callable[[Usage, Price], int]] = {
+    "requests": lambda usage, price: int(usage.answered),
+    "concurrent_requests": lambda usage, price: 0,
+    "input_tokens": lambda usage, price: usage.input,
+    "uncached_input_tokens": lambda usage, price: usage.input - usage.cached,
+    "output_tokens": lambda usage, price: usage.output,
+    "total_tokens": lambda usage, price: usage.total,
+    "usd": lambda usage, price: usage.cost(price),
 }
 
 
-def used(count: Count, usage: Usage, request: InferenceRequest) -> int:
+def used(count: Count, usage: Usage, price: Price) -> int:
     """What an answered request used of a count; a request that got no answer used nothing."""
-    return _USED[count](usage, request.model)
+    return _USED[count](usage, price)
 
 
 def may_use(principal: Principal, team: Team, model: str) -> bool:
@@ -70,8 +73,11 @@ def may_use(principal: Principal, team: Team, model: str) -> bool:
     return team.may_use(model) and (not principal.models or matches(principal.models, model))
 
 
-def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapshot, learned: Learned) -> Terms:
-    """The terms of a request. Raises Forbidden (403), and BadRequest for one that a limit could never hold.
+def terms_for(
+    principal: Principal, request: InferenceRequest, snapshot: Snapshot, learned: Learned, users: Users, at: float
+) -> Terms:
+    """The terms of a request that came at this time, in seconds since 1970. Raises Forbidden (403), and BadRequest for
+    one that a limit could never hold.
 
     That is, in mode max, one that can take more than the limit's capacity; in the others one whose counted tokens alone
     are more. What is more by estimate only may be less: it takes all of the capacity, so that it waits for nothing that
@@ -85,7 +91,8 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
         whose = "team" if not team.may_use(model.name) else "key"
         what = request.asked_model if request.asked_model.startswith("/") else f"the model {request.asked_model}"
         raise Forbidden(f"this {whose} may not use {what}", param="model")
-    user = _called(principal, request.user)
+    user = whom(principal, request.user, team, snapshot, users)
+    price = model.price_at(at)
     estimate = request.input.at(learned.bytes_per_token(model.name))
     foreseen: dict[Reserve, Usage] = {}
     binding = _binding(team, principal.key_id, user, model.name, model.entry)
@@ -94,11 +101,12 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
         usage = foreseen.get(limit.reserve)
         if usage is None:
             usage = foreseen[limit.reserve] = _FORESEEN[limit.reserve](request, estimate, team.name, learned)
-        amount = _RESERVED[limit.count](usage, model)
+        amount = _RESERVED[limit.count](usage, price)
         if amount > limit.capacity:
-            amount = _all_of(limit, amount, request)
+            amount = _all_of(limit, amount, request, price)
         charges.append(Charge(limit, key, scope, amount))
-    bounded = binding.rely_on_tokens or (binding.rely_on_dollars and model.output_price > 0)
+    bounded = binding.rely_on_tokens or (binding.rely_on_dollars and max(price.output, price.reasoning) > 0)
+    fails = binding.fails if charges else {snapshot.gateway.when_store_fails}
     return Terms(
         organisation=team.organisation,
         team=team.name,
@@ -108,20 +116,21 @@ def terms_for(principal: Principal, request: InferenceRequest, snapshot: Snapsho
         charges=tuple(charges),
         input_estimate=estimate,
         bounded=bounded,
-        closed=binding.closed if charges else snapshot.gateway.when_store_fails == "closed",
+        closed="closed" in fails,
+        billed=fails != {"open"},
+        price=price,
     )
 
 
-def _called(principal: Principal, user: str | None) -> str | None:
-    """Whom a request is for: the user whom it names, else the one whom its key stands for."""
-    user = principal.user if user is None else user
-    return user if user is None or len(user) <= _LONGEST_NAME else anonymous(user)
+def whom(principal: Principal, named: str | None, team: Team, snapshot: Snapshot, users: Users) -> str | None:
+    """Whom a request is for, as it is stored: the user whom it names, else the one whom its key stands for."""
+    name = principal.user if named is None else named
+    return None if name is None else users(team.organisation, name, snapshot.gateway.users == "plain")
 
 
-def looked_at(principal: Principal, team: Team, model: Model, user: str | None = None) -> Iterator[Charge]:
-    """The limits that bind a key's requests to a model, with nothing to be taken of them. `user` is whom the requests
-    name, else whom the key stands for."""
-    for limit, key, scope in _binding(team, principal.key_id, _called(principal, user), model.name, model.entry).counts:
+def looked_at(principal: Principal, team: Team, model: Model, user: str | None) -> Iterator[Charge]:
+    """The limits that bind a key's requests for a user (see `whom`) to a model, with nothing to be taken of them."""
+    for limit, key, scope in _binding(team, principal.key_id, user, model.name, model.entry).counts:
         yield Charge(limit, key, scope, 0)
 
 
@@ -131,17 +140,19 @@ _FORESEEN: dict[Reserve, Callable[[InferenceRequest, int, str, Learned], Usage]]
     "expected": lambda request, estimate, team, learned: Usage(estimate, _expected(request, team, learned)),
     "input": lambda request, estimate, team, learned: Usage(estimate, 0),
 }
-# What is reserved of a count for that. Whether its input will be cached is not known: the dearer price holds.
-_RESERVED: dict[Count, Callable[[Usage, Model], int]] = {
+# What is reserved of a count for that. How much will be cached, and how much reasoning, is not known: the dearer price
+# holds for all of it.
+_RESERVED: dict[Count, Callable[[Usage, Price], int]] = {
     **_USED,
-    "concurrent_requests": lambda usage, model: 1,
-    "usd": lambda usage, model: _dearer(usage, model).cost(model),
+    "concurrent_requests": lambda usage, price: 1,
+    "usd": lambda usage, price: _dearest(usage, price).cost(price),
 }
 
 
-def _dearer(usage: Usage, model: Model) -> Usage:
-    dear = model.cached_input_price > model.input_price
-    return Usage(usage.input, usage.output, usage.input) if dear else usage
+def _dearest(usage: Usage, price: Price) -> Usage:
+    cached = usage.input if price.cached_input > price.input else 0
+    reasoning = usage.output if price.reasoning > price.output else 0
+    return Usage(usage.input, usage.output, cached, reasoning)
 
 
 def _expected(request: InferenceRequest, team: str, learned: Learned) -> int:
@@ -150,26 +161,26 @@ def _expected(request: InferenceRequest, team: str, learned: Learned) -> int:
     return request.output_bound if one is None else min(one * request.answers, request.output_bound)
 
 
-def _all_of(limit: Limit, amount: int, request: InferenceRequest) -> int:
+def _all_of(limit: Limit, amount: int, request: InferenceRequest, price: Price) -> int:
     """What a request reserves that may take more than all of a limit. Raises BadRequest where it surely would."""
     counted = request.input.tokens or 0
-    least = min(_USED[limit.count](Usage(counted, 0, cached), request.model) for cached in (0, counted))
+    least = min(_USED[limit.count](Usage(counted, 0, cached), price) for cached in (0, counted))
     if limit.reserve != "max" and least <= limit.capacity:
         return limit.capacity
     if limit.shadow:
         return amount
-    raise _never(limit, amount, request)
+    raise _never(limit, amount, request, price)
 
 
 class _Binding(NamedTuple):
     """The limits that bind, with the keys of their counts and whose they are in words; and whether any of them is kept
-    only if no answer is longer than what was reserved for it: of those in tokens, and of those in dollars; and whether
-    any lets nothing pass while the store is away."""
+    only if no answer is longer than what was reserved for it: of those in tokens, and of those in dollars; and what
+    they say of a store that is away."""
 
     counts: tuple[tuple[Limit, str, str], ...]
     rely_on_tokens: bool
     rely_on_dollars: bool
-    closed: bool
+    fails: frozenset[StoreFails]
 
 
 @lru_cache(maxsize=4096)
@@ -179,12 +190,13 @@ def _binding(team: Team, key_id: str, user: str | None, model: str, entry: str) 
         "organisation": team.organisation,
         "team": team.name,
         "key": key_id,
-        "user": anonymous(user or ""),
+        "user": user or "",
         "model": entry,
     }
     limits = [limit for limit in team.limits if matches(limit.models, model) or matches(limit.models, entry)]
     relying = {limit.count for limit in limits if limit.reserve == "max" and not limit.shadow}
-    # The first letter of each scope: a team may be named as its organisation.
+    # The first letter of each scope: a team may be named as its organisation. Of all names only a plain user's may have
+    # a stroke in it, and it is one at most: what is left of a key without the others' parts is his.
     # The braces are a hash tag: all counts of an organisation live on one slot of a cluster, for one script.
     whose = {scope: scope[0] + name for scope, name in scopes.items()}
     counts = tuple(
@@ -195,14 +207,15 @@ def _binding(team: Team, key_id: str, user: str | None, model: str, entry: str) 
         )
         for limit in limits
     )
-    closed = any(limit.when_store_fails == "closed" and not limit.shadow for limit in limits)
-    return _Binding(counts, not relying.isdisjoint(("output_tokens", "total_tokens")), "usd" in relying, closed)
+    fails = {limit.when_store_fails for limit in limits if not limit.shadow}
+    rely_on_tokens = not relying.isdisjoint(("output_tokens", "total_tokens"))
+    return _Binding(counts, rely_on_tokens, "usd" in relying, frozenset(fails))
 
 
-def _never(limit: Limit, amount: int, request: InferenceRequest) -> BadRequest:
+def _never(limit: Limit, amount: int, request: InferenceRequest, price: Price) -> BadRequest:
     endpoint, size = request.endpoint, request.input
     input_bound = size.bound if limit.reserve == "max" else size.tokens or 0
-    too_long = _RESERVED[limit.count](Usage(input_bound, 0), request.model) > limit.capacity
+    too_long = _RESERVED[limit.count](Usage(input_bound, 0), price) > limit.capacity
     if not too_long:
         remedy = f" Lower {endpoint.output} (bound: {request.output_bound}) or n."
     elif size.tokens is None:

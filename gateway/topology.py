@@ -448,7 +448,7 @@ class Cluster(Topology):
         name = words[0]
         if name in ("EVALSHA", "EVAL"):
             return self.slot(words[3]) if words[2] else 0
-        if name == "XREAD":
+        if name in ("XREAD", "XREADGROUP"):
             return self.slot(words[words.index(b"STREAMS") + 1])
         return self.slot(words[1]) if len(words) > 1 and isinstance(words[1], str | bytes) else 0
 

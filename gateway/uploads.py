@@ -97,6 +97,7 @@ class Upload:
         self._coming = coming
         self.length = coming.length
         self.begun = False  # whether a piece was given out, so that nobody else can be sent the whole
+        self.passed = 0  # bytes that were given out
 
     def __repr__(self) -> str:
         state = "finished" if self.finished else "begun" if self.begun else "waiting"
@@ -113,12 +114,14 @@ class Upload:
         try:
             for piece in self._before():
                 self.begun = True
+                self.passed += len(piece)
                 yield piece
             while not self.finished:
                 piece = await self._coming.next()
                 self._look(piece)
                 if piece:
                     self.begun = True
+                    self.passed += len(piece)
                     yield piece
         finally:
             if self.begun:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from gateway.endpoints import Endpoint
-from gateway.snapshot import Model
+from gateway.records import Price, Source
 
 T = TypeVar("T")
-
-Source = Literal["upstream", "counted", "none"]
 
 # More than this was not used by one request: what a backend says beyond it is not to break sums and limits.
 _CREDIBLE = 10**9
@@ -31,29 +29,58 @@ HEAD = 4 * 1024  # a message_start, which has the usage of the input and no text
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens, and where the numbers came from: the upstream's own, counted by the gateway (even if only one of them
-    was), or none."""
+    """Tokens, and where each of the numbers came from: the upstream's own, counted by the gateway, or none."""
 
     input: int
     output: int
-    cached: int = 0
-    source: Source = "upstream"
+    cached: int = 0  # of the input
+    reasoning: int = 0  # of the output
+    input_source: Source = "upstream"
+    output_source: Source = "upstream"
+
+    @property
+    def answered(self) -> bool:
+        """Whether there was an answer; one may have no tokens."""
+        return self.input_source != "none"
+
+    @property
+    def source(self) -> Source:
+        """Both sources in one word: the upstream's only if both are."""
+        return self.input_source if self.output_source == "upstream" else self.output_source
 
     @property
     def total(self) -> int:
         return self.input + self.output
 
-    def cost(self, model: Model) -> int:
+    def cost(self, price: Price) -> int:
         """Micro-dollars, rounded half up once, at the end."""
         millionths = (
-            (self.input - self.cached) * model.input_price
-            + self.cached * model.cached_input_price
-            + self.output * model.output_price
+            (self.input - self.cached) * price.input
+            + self.cached * price.cached_input
+            + (self.output - self.reasoning) * price.output
+            + self.reasoning * price.reasoning
         )
         return (millionths + 500_000) // 1_000_000
 
 
-NOTHING = Usage(0, 0, source="none")
+class Progress(msgspec.Struct, array_like=True, frozen=True):
+    """How far the answer to a request has come: what is written down of it if its worker dies now."""
+
+    input: int
+    cached: int
+    output: int
+    reasoning: int
+    input_source: Source
+    output_source: Source
+    http_status: int
+    attempt: int
+    bytes_out: int
+    first_byte_ms: int
+    upstream: str
+    served_model: str
+
+
+NOTHING = Usage(0, 0, input_source="none", output_source="none")
 REFUSED = Usage(0, 0)
 _ROUTED = Usage(0, 0)  # of a route nobody knows how it counts: it is metered by request
 
@@ -111,23 +138,24 @@ def usage_of(tail: Tail, endpoint: Endpoint, *, stream: bool, input_estimate: in
         return _ROUTED
     if tail.length == 0:
         return NOTHING
-    reported = (_of_stream if stream else _of_document)(tail, endpoint) or _Reported()
-    input_, output, cached = _figures(reported, endpoint)
-    source: Source = "upstream"
-    if input_ is None or output is None:
-        source = "counted"
-        input_ = input_estimate if input_ is None else input_
-        if output is None:
-            output = _counted(tail, endpoint, stream)
-            output = output if stream else min(output, output_bound)  # events are there, bytes may be anything
-    return Usage(input_, output, min(cached, input_), source)
+    reported = (_of_stream if stream else _of_document)(tail, endpoint)
+    input_, output, cached, reasoning = _figures(reported or _Reported(), endpoint)
+    input_source: Source = "counted" if reported is None else "upstream"
+    output_source = input_source
+    if input_ is None:
+        input_, input_source = input_estimate, "counted"
+    if output is None:
+        output, output_source = _counted(tail, endpoint, stream), "counted"
+        output = output if stream else min(output, output_bound)  # events are there, bytes may be anything
+    return Usage(input_, output, min(cached, input_), min(reasoning, output), input_source, output_source)
 
 
 # — what backends report
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: int | None = None  # of the input
+    reasoning_tokens: int | None = None  # of the output
 
 
 class _Reported(msgspec.Struct):
@@ -137,9 +165,11 @@ class _Reported(msgspec.Struct):
     completion_tokens: int | None = None
     total_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
     input_tokens: int | None = None  # responses, messages, images, audio, Cohere's rerank
     output_tokens: int | None = None
     input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
     cache_creation_input_tokens: int | None = None  # messages: beside input_tokens, not within
     cache_read_input_tokens: int | None = None
 
@@ -193,14 +223,16 @@ _responses = msgspec.json.Decoder(_Response)
 _starts = msgspec.json.Decoder(_Start)
 
 
-def _figures(reported: _Reported, endpoint: Endpoint) -> tuple[int | None, int | None, int]:
-    """Input, output and how much of the input was cached, as far as they were reported."""
+def _figures(reported: _Reported, endpoint: Endpoint) -> tuple[int | None, int | None, int, int]:
+    """Input, output, and how much of the input was cached, of the output reasoning, as far as they were reported."""
+    produced = reported.completion_tokens_details or reported.output_tokens_details
+    reasoning = 0 if produced is None else _credible(produced.reasoning_tokens) or 0
     if endpoint.events == "messages":
         cached = _credible(reported.cache_read_input_tokens) or 0
         new = _credible(reported.input_tokens)
         created = _credible(reported.cache_creation_input_tokens) or 0
         input_ = None if new is None else min(new + created + cached, _CREDIBLE)
-        return input_, _credible(reported.output_tokens), cached
+        return input_, _credible(reported.output_tokens), cached, reasoning
     total = reported.total_tokens
     input_ = reported.prompt_tokens if reported.prompt_tokens is not None else reported.input_tokens
     if endpoint.output is None:
@@ -212,7 +244,7 @@ def _figures(reported: _Reported, endpoint: Endpoint) -> tuple[int | None, int |
             output = (total or 0) - (input_ or 0)
     details = reported.prompt_tokens_details or reported.input_tokens_details
     cached = 0 if details is None else _credible(details.cached_tokens) or 0
-    return _credible(input_), _credible(output), cached
+    return _credible(input_), _credible(output), cached, reasoning
 
 
 def _credible(tokens: int | None) -> int | None:
@@ -247,10 +279,16 @@ def _first_event(head: bytes) -> _Reported | None:
     return None
 
 
+_NULL = re.compile(rb'"usage"\s*+:\s*+null')
+
+
 def _last_event(text: bytes, *, wrapped: bool) -> _Reported | None:
     """The usage of the last server-sent event that has one. Each line is read once, whatever stands in it."""
     end = len(text)
     while (start := text.rfind(b'"usage"', 0, end)) >= 0:
+        if _NULL.match(text, start):  # as some say in each event but the last
+            end = start
+            continue
         line_start = text.rfind(b"\n", 0, start) + 1
         line_end = text.find(b"\n", start)
         line = text[line_start : line_end if line_end >= 0 else len(text)]
@@ -316,8 +354,6 @@ def _decode(decoder: msgspec.json.Decoder[T], text: bytes) -> T | None:
 
 # Events that have names take three lines: the name, the data and the blank one. Others take two.
 _NAMED = frozenset(("responses", "messages"))
-# The name of an event that brings no token: no delta's, or message_delta, which is the last one's.
-_TOKENLESS = re.compile(rb"^event: *+(?![^\r\n]*(?:\.|block_)delta)", re.MULTILINE)
 
 
 def _counted(tail: Tail, endpoint: Endpoint, stream: bool) -> int:
@@ -328,33 +364,14 @@ def _counted(tail: Tail, endpoint: Endpoint, stream: bool) -> int:
     lines, without = 2, text[-16:].count(b"[DONE]")
     if endpoint.events in _NAMED:
         begun, before = tail.head(), tail.length - len(text)
-        begun = begun[:before] if before <= len(begun) else begun[: begun.rfind(b"\n") + 1]
-        lines, without = 3, without + len(_TOKENLESS.findall(begun + text))
+        if before <= len(begun):
+            begun = begun[:before]
+        else:
+            begun = begun[: begun.rfind(b"\n") + 1]
+            if not text.startswith(b"event:"):
+                text = text[text.find(b"\n") + 1 :]  # the rest of a line
+        text = (b"\n" + begun + text).replace(b"\r\n", b"\n")
+        # A delta brings a token, but for message_delta, which is the last one's. (To look for it backwards is quicker.)
+        deltas = text.count(b"delta\n") - (text.rfind(b"message_delta\n") >= 0)
+        lines, without = 3, without + text.count(b"\nevent:") - deltas
     return max(0, tail.lines // lines - without)
-
-
-class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=False):
-    """The ledger row. Its time is the store's own: the id of the stream entry that holds it."""
-
-    id: str
-    organisation: str
-    team: str
-    key: str
-    user: str | None
-    model: str
-    pool: str
-    upstream: str | None
-    endpoint: str
-    status: int
-    ended: Literal["complete", "refused", "client", "upstream", "gateway"]
-    stream: bool
-    input_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    source: Source
-    cost_microusd: int
-    received_ms: int
-    first_byte_ms: int | None
-    duration_ms: int
-    attempts: int
-    bytes_out: int

@@ -76,11 +76,11 @@ def commands() -> str:
 
 def _commands(group: TyperGroup, prefix: str) -> Iterator[tuple[str, str]]:
     for name, command in group.commands.items():
-        if isinstance(command, TyperGroup):
-            yield from _commands(command, f"{prefix} {name}")
-        else:
+        if not isinstance(command, TyperGroup) or command.invoke_without_command:
             words = [prefix, name, *filter(None, map(_argument, command.params))]
             yield f"`{' '.join(words)}`", (command.help or "").partition("\n\n")[0]
+        if isinstance(command, TyperGroup):
+            yield from _commands(command, f"{prefix} {name}")
 
 
 def _argument(parameter: Any) -> str:
@@ -163,10 +163,10 @@ def policies() -> str:
 
     def visit(node: Any, path: str) -> None:
         for name, member in node.get("properties", {}).items():
-            inner = _reference(member)
-            if inner is not None:
-                several = ".NAME" if "patternProperties" in member else "[…]" if "items" in member else ""
-                place = f"{path}{name}{several}"
+            several = ".NAME" if "patternProperties" in member else "[…]" if "items" in member else ""
+            for inner in _references(member):
+                kind = definitions[inner]["properties"].get("to", {}).get("const")
+                place = f"{path}{name}{several}" + (f" {{to: {kind}}}" if kind else "")
                 places.setdefault(inner, []).append(place)
                 visit(definitions[inner], place + ".")
 
@@ -185,24 +185,24 @@ def policies() -> str:
     return "\n\n".join(parts)
 
 
-def _reference(node: Any) -> str | None:
-    """The definition that a member leads to."""
-    for inner in _objects(node):
-        if "$ref" in inner:
-            return str(inner["$ref"].rpartition("/")[2])
-    return None
+def _references(node: Any) -> list[str]:
+    """The definitions that a member leads to."""
+    found = (inner["$ref"].rpartition("/")[2] for inner in _objects(node) if "$ref" in inner)
+    return list(dict.fromkeys(found))
 
 
 def _form(node: Any) -> str:
     """What may be written."""
-    if "anyOf" in node:
-        return " or ".join(_form(inner) for inner in node["anyOf"] if inner.get("type") != "null")
+    if forms := node.get("anyOf") or node.get("oneOf"):
+        return " or ".join(_form(inner) for inner in forms if inner.get("type") != "null")
+    if "const" in node:
+        return f"`{node['const']}`"
     if "enum" in node:
         return ", ".join(f"`{word}`" for word in dict.fromkeys(map(str, node["enum"])))
     if "examples" in node:
         return "such as " + ", ".join(f"`{example}`" for example in node["examples"])
     if node.get("type") == "array":
-        return f"list of {'members' if _reference(node) else _form(node['items'])}"
+        return f"list of {'members' if _references(node) else _form(node['items'])}"
     if "$ref" in node:
         return "members"
     kinds = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`"}

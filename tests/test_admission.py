@@ -15,8 +15,10 @@ from structlog.testing import capture_logs
 
 from gateway import admission as admission_module
 from gateway import settlements
-from gateway.admission import Admission, ledger_stream
+from gateway.admission import Admission
 from gateway.errors import GatewayError, InternalError, QuotaExhausted, RateLimited, StoreUnavailable
+from gateway.explain import Looks
+from gateway.records import ledger_stream
 from gateway.snapshot import Limit
 from gateway.terms import Charge
 from tests.proving.limits import Request, everything, gateways, key_of, quota, rate, seats, terms, until, wire
@@ -218,7 +220,7 @@ async def test_an_admission_that_arrives_after_it_was_given_up_takes_nothing(
         line.held.clear()
         with pytest.raises(StoreUnavailable):
             await admission.admit(Request(terms([seat], closed=True))).__aenter__()
-        await until(lambda: admission._settlements._late or admission._store.away)  # nor does giving up arrive
+        await until(lambda: admission.settlements._late or admission._store.away)  # nor does giving up arrive
         line.held.set()  # all of it arrives now, in whatever order
         await until(lambda: admission.unsettled == 0)
         await until(lambda: store.zcard(key_of(seat)) == 0)
@@ -311,7 +313,10 @@ async def test_an_idle_store_holds_no_reservation_and_no_seat(either_store_url: 
         await asyncio.gather(*(one(two[i % 2]) for i in range(60)))
         left = {key: ends for key, (_, ends) in everything(store).items()}
         now = time.time() * 1000
-        assert not [key for key in left if b":request:" in key or b":seats:" in key]
+        assert not [key for key in left if b":seats:" in key or key.endswith(b":live")]
+        marks = [key for key in left if b":request:" in key]  # so that what is sent twice is known
+        assert {store.get(mark) for mark in marks} == {b"+"}
+        assert all(now < left[mark] < now + 121_000 for mark in marks)
         assert all(now < ends < now + 401 * 86_400_000 for key, ends in left.items() if not key.endswith(b":usage"))
 
 
@@ -418,11 +423,11 @@ async def test_to_look_changes_nothing_and_tells_what_is_reserved(either_store_u
     async with gateways(either_store_url) as (admission,):
         async with admission.admit(Request(bound, {"rate": 10, "quota": 20})):
             before = everything(store)
-            looked = await admission.look("acme", bound.charges)
+            looked = await Looks(admission._store)("acme", bound.charges)
             assert [(s.remaining, s.held) for s in looked][:2] == [(70, 30), (60, 40)]
             assert looked[2].remaining == 4
             assert everything(store) == before
-        looked = await admission.look("acme", bound.charges)
+        looked = await Looks(admission._store)("acme", bound.charges)
         assert [(s.remaining, s.held) for s in looked] == [(90, 0), (80, 0), (5, 0)]
 
 
@@ -492,8 +497,8 @@ async def test_the_deadline_is_paid_once_and_the_workers_share_is_spent(
         line.deaf = False
         await until(lambda: admission.idle)
         assert store.xlen(ledger_stream("acme")) == 10
-        assert (await admission.look("acme", terms([some]).charges))[0].remaining == 0
-        assert not [key for key in everything(store) if b":request:" in key and store.get(key) != b"-"]
+        assert (await Looks(admission._store)("acme", terms([some]).charges))[0].remaining == 0
+        assert {store.get(key) for key in everything(store) if b":request:" in key} == {b"+", b"-"}
 
 
 async def test_a_request_that_has_waited_for_its_admission_waits_the_less_for_its_settlement(
@@ -639,7 +644,7 @@ async def test_who_looks_keeps_no_admission_waiting_in_its_trip(either_store_url
     limits = [rate(100, "day", name=f"l{i}") for i in range(40)]
     async with gateways(either_store_url) as (admission,):
         before = trips(store)
-        looking = asyncio.ensure_future(admission.look("acme", terms(limits).charges))
+        looking = asyncio.ensure_future(Looks(admission._store)("acme", terms(limits).charges))
         async with admission.admit(Request(terms(limits[:1]))):
             assert len(await looking) == 40
         assert trips(store) - before >= 3

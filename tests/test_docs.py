@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def defaults(node: Any) -> Any:
 def test_the_defaults_that_are_told_are_what_holds() -> None:
     """A document that writes all defaults of gateway: is the same as one that writes none."""
     told = dict(defaults(docs.schema()["$defs"]["GatewayPolicy"] | {"title": ""}))
-    assert set(told) == {"schema", "profile", "max_body", "reserve", "when_store_fails", "time_zone", "perf_headers"}
+    assert set(told) == {
+        *("schema", "profile", "max_body", "reserve", "when_store_fails", "time_zone", "users", "perf_headers")
+    }
     assert Documents.model_validate({"gateway": told}) == Documents.model_validate({"gateway": {}})
     times = dict(defaults(docs.schema()["$defs"]["Timeouts"]))
     assert times == {"connect": "2s", "first_byte": "2m", "idle": "1m", "total": "1h"}
@@ -104,12 +107,22 @@ def test_shipped_policies_tell_editors_where_the_schema_is_and_hold_to_it(path: 
     holds(yaml.safe_load(text), docs.schema(), docs.schema()["$defs"], path.name)
 
 
+def form_of(value: Any, options: list[Any]) -> Any:
+    """The one of several forms that a value has: a list, or members with this `to`."""
+    if isinstance(value, list):
+        return next(option for option in options if option["type"] == "array")
+    kinds = (option for option in options if option["type"] == "object")
+    return next(o for o in kinds if o["properties"].get("to", {}).get("const") == value.get("to"))
+
+
 def holds(value: Any, node: Any, definitions: Any, at: str) -> None:
     """So much of JSON Schema as the language uses: what an editor would not underline."""
     if "$ref" in node:
         node = definitions[node["$ref"].rpartition("/")[2]]
     if "anyOf" in node:
         node = next(option for option in node["anyOf"] if option.get("type") != "null")
+    if "oneOf" in node:
+        node = form_of(value, [definitions.get(o.get("$ref", "").rpartition("/")[2], o) for o in node["oneOf"]])
     match node.get("type", ""):
         case "object":
             patterns = node.get("patternProperties", {})
@@ -123,9 +136,9 @@ def holds(value: Any, node: Any, definitions: Any, at: str) -> None:
             for i, inner in enumerate(value):
                 holds(inner, node["items"], definitions, f"{at}[{i}]")
         case "string":
-            assert isinstance(value, str), at
-            assert re.search(node.get("pattern", ""), value), at
-            assert value in node.get("enum", [value]), at
+            assert isinstance(value, str | date), at  # a day is a text to editors
+            assert re.search(node.get("pattern", ""), str(value)), at
+            assert value in node.get("enum", [node.get("const", value)]), at
         case "":
             assert value in node["enum"], at
         case kind:

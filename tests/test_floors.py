@@ -20,14 +20,20 @@ HOMES: dict[str, tuple[str, ...]] = {
     "hiredis": ("topology",),
     "h2": ("bridge",),
     "httptools": ("wire", "server"),
-    "httpx": ("alerts", "wire", "bridge", "upstream"),
+    "httpx": ("alerts", "sinks", "wire", "bridge", "upstream"),
     "pydantic": ("language", "policy"),
-    "redis": ("topology", "store", "embedded", "admission"),  # admission: for the name of one exception
-    "rich": ("cli",),
-    "starlette": ("app", "echo"),
-    "structlog": ("telemetry", "app", "store", "alerts", "settlements", "admission", "upstream", "reload", "cli"),
-    "typer": ("cli",),
-    "uvicorn": ("server", "cli"),
+    "prometheus_client": ("admin",),
+    "psycopg": ("postgres",),
+    # The last three: for the name of one exception.
+    "redis": ("topology", "store", "embedded", "admission", "exports", "housekeeping"),
+    "rich": ("console",),
+    "starlette": ("app", "echo", "admin"),
+    "structlog": (
+        *("telemetry", "app", "store", "alerts", "spool", "settlements", "admission", "ledger", "sinks", "exports"),
+        *("retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
+    ),
+    "typer": ("console", "reports", "exporting", "cli"),
+    "uvicorn": ("server", "admin", "cli"),
     "uvloop": ("cli",),
     "yaml": ("documents",),
 }

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import Unauthenticated
-from gateway.identity import MISSING, anonymous, credential, hash_key, key_id_of, make_key, new_key
+from gateway.identity import MISSING, credential, hash_key, key_id_of, make_key, new_key, stored_user
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IDS = st.text(st.sampled_from(ALPHABET), min_size=12, max_size=12)
@@ -124,11 +124,40 @@ def test_two_different_keys_are_refused(names: tuple[bytes, bytes]) -> None:
     assert b"canary" not in repr_bytes(error.render())
 
 
-@given(user=st.text(), other=st.text())
-def test_users_are_told_apart_and_not_told(user: str, other: str) -> None:
-    assert re.fullmatch(r"[0-9a-f]{18}", anonymous(user))
-    assert (anonymous(user) == anonymous(other)) == (user == other)
+SECRET = b"of the tests"
+ORGANISATIONS = st.sampled_from(["acme", "other", "a"])
 
 
-def test_a_user_of_half_a_character_has_a_name() -> None:
-    assert len(anonymous("\ud800")) == 18
+@given(st.tuples(ORGANISATIONS, st.text()), st.tuples(ORGANISATIONS, st.text()))
+def test_users_of_each_organisation_are_told_apart_and_not_told(one: tuple[str, str], other: tuple[str, str]) -> None:
+    stored = stored_user(SECRET, *one, plain=False)
+    assert re.fullmatch(r"u_[0-9a-f]{20}", stored)
+    assert (stored == stored_user(SECRET, *other, plain=False)) == (one == other)
+
+
+def test_a_user_is_stored_under_a_key_of_its_own() -> None:
+    """So that neither a hash of a key nor one of the pepper's own is ever a user's, whatever he is called; and the
+    value is known here, for it is in ledgers that are kept for years."""
+    assert stored_user(SECRET, "acme", "ann", plain=False) == "u_5017bb07d656485afe67"
+    assert stored_user(b"another", "acme", "ann", plain=False) != "u_5017bb07d656485afe67"
+    assert hash_key(SECRET, b"acme\0ann")[:20] != "5017bb07d656485afe67"
+
+
+@given(st.text())
+def test_a_plain_user_is_stored_as_it_is_where_a_line_can_show_it(user: str) -> None:
+    shown = len(user) <= 64 and user.isprintable()
+    assert stored_user(SECRET, "acme", user, plain=True) == (
+        user if shown else stored_user(SECRET, "acme", user, False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("user", "shown"),
+    [("ann", True), ("Ann Müller|{x}", True), ("a" * 64, True), ("a" * 65, False), ("a\nb", False), ("\x1b[1m", False)],
+)
+def test_what_would_break_a_line_is_hashed_even_where_users_are_plain(user: str, shown: bool) -> None:
+    assert (stored_user(SECRET, "acme", user, plain=True) == user) is shown
+
+
+def test_a_user_of_half_a_character_is_stored() -> None:
+    assert len(stored_user(SECRET, "acme", "\ud800", plain=True)) == 22

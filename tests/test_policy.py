@@ -7,6 +7,7 @@ import hmac
 import re
 from base64 import b64encode
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.documents import PolicyError, Source
-from gateway.language import Documents, GatewayPolicy, LimitPolicy, signing_key
+from gateway.language import (
+    CloudEventsExport,
+    Documents,
+    GatewayPolicy,
+    JsonLinesExport,
+    LimitPolicy,
+    PostgresExport,
+    signing_key,
+)
 from gateway.policy import load
-from gateway.snapshot import Limit, Snapshot, matches
+from gateway.records import Price
+from gateway.snapshot import Limit, Model, Snapshot, matches
 
 SHIPPED = Path(__file__).parent.parent / "policies"
 
@@ -222,13 +232,115 @@ def test_a_route_is_a_model_to_teams_and_costs_nothing(tmp_path: Path) -> None:
     route = found.routes["/v1/moderations"]
     assert found.teams["red"].may_use(route.model.name)
     assert not found.teams["red"].may_use("/v1/files/*")
-    assert (route.methods, route.endpoint.path, route.model.input_price) == (frozenset(["POST"]), "/v1/moderations", 0)
+    assert (route.methods, route.endpoint.path, route.model.price_at(0)) == (
+        frozenset(["POST"]),
+        "/v1/moderations",
+        Price(),
+    )
 
 
-def test_prices_are_micro_dollars_per_million_tokens_and_cached_input_costs_as_input(tmp_path: Path) -> None:
-    models = "models:\n  llama: {pool: demo, price: {input: 0.15, output: 2.5}}\n"
+@pytest.mark.parametrize(
+    ("price", "expected"),
+    [
+        ("{input: 0.15, output: 2.5}", Price(150_000, 150_000, 2_500_000, 2_500_000)),
+        ("{input: 0.15, cached_input: 0.01, output: 2.5, reasoning: 3}", Price(150_000, 10_000, 2_500_000, 3_000_000)),
+        ("{input: 1, cached_input: 0, output: 1, reasoning: 0}", Price(1_000_000, 0, 1_000_000, 0)),
+        ("[{input: 1}]", Price(1_000_000, 1_000_000)),
+        ("{}", Price()),
+    ],
+)
+def test_prices_are_micro_dollars_and_what_is_left_out_costs_as_what_it_is_part_of(
+    tmp_path: Path, price: str, expected: Price
+) -> None:
+    models = f"models:\n  llama: {{pool: demo, price: {price}}}\n"
+    assert snapshot(tmp_path, models=models, pools=POOLS).models["llama"].price_at(0) == expected
+
+
+DATED = """models:
+  llama:
+    pool: demo
+    price:
+      - {input: 1}
+      - {from: 2026-01-01, input: 2}
+      - {from: "2026-06-30", input: 3}
+      - {from: 2026-07-01T00:00:00+02:00, input: 4}
+      - {from: "2026-07-01T00:00:00Z", input: 5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "dollars"),
+    [
+        ("1970-01-01T00:00:00+00:00", 1),
+        ("2025-12-31T23:59:59.999+00:00", 1),
+        ("2026-01-01T00:00:00+00:00", 2),
+        ("2026-06-29T23:59:59.999+00:00", 2),
+        ("2026-06-30T00:00:00+00:00", 3),
+        ("2026-06-30T21:59:59.999+00:00", 3),
+        ("2026-06-30T22:00:00+00:00", 4),
+        ("2026-07-01T00:00:00+00:00", 5),
+        ("2999-01-01T00:00:00+00:00", 5),
+    ],
+)
+def test_a_price_holds_from_its_instant_until_the_next_ones(tmp_path: Path, at: str, dollars: int) -> None:
+    model = snapshot(tmp_path, models=DATED, pools=POOLS).models["llama"]
+    assert model.price_at(datetime.fromisoformat(at).timestamp()).input == dollars * 1_000_000
+
+
+def test_before_its_first_price_a_model_costs_nothing(tmp_path: Path) -> None:
+    models = "models:\n  llama: {pool: demo, price: {from: 2026-01-01, input: 2, reasoning: 1}}\n"
     model = snapshot(tmp_path, models=models, pools=POOLS).models["llama"]
-    assert (model.input_price, model.cached_input_price, model.output_price) == (150_000, 150_000, 2_500_000)
+    begins = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
+    assert model.price_at(begins - 0.001) == Price()
+    assert model.price_at(begins) == Price(2_000_000, 2_000_000, 0, 1_000_000)
+
+
+@given(starts=st.lists(st.integers(-100, 100), unique=True, max_size=6).map(sorted), at=st.integers(-110, 110))
+def test_the_latest_price_that_has_begun_holds(starts: list[int], at: int) -> None:
+    model = Model("m", "m", None, "p", "openai", "m", 1, tuple((float(one), Price(one + 1000)) for one in starts))
+    expected = max((one for one in starts if one <= at), default=None)
+    assert model.price_at(at) == (Price() if expected is None else Price(expected + 1000))
+
+
+def test_the_example_of_exports_is_in_the_language_once_its_comments_are_taken_away(tmp_path: Path) -> None:
+    text = (SHIPPED / "exports.yaml").read_text("utf-8")
+    assert load(SHIPPED).exports == {}
+    example = "exports:\n" + "\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#  "))
+    assert [export.to for export in snapshot(tmp_path, all=example).exports.values()] == [
+        "jsonl",
+        "postgres",
+        "cloudevents",
+    ]
+
+
+EXPORTS = """exports:
+  archive: {to: jsonl, folder: /var/lib/gateway/usage, rotate: 1MiB, every: 10m, batch: 1000}
+  warehouse: {to: postgres, dsn_env: WAREHOUSE_DSN, table: ledger.usage, attempts: 3}
+  billing: {to: cloudevents, url: "https://openmeter.example/api/v1/events", token_env: OPENMETER_TOKEN}
+"""
+
+
+def test_exports_say_where_rows_go(tmp_path: Path) -> None:
+    exports = snapshot(tmp_path, all=EXPORTS).exports
+    archive, warehouse, billing = exports.values()
+    assert list(exports) == ["archive", "warehouse", "billing"]
+    assert isinstance(archive, JsonLinesExport)
+    assert (archive.to, archive.folder, archive.rotate) == ("jsonl", "/var/lib/gateway/usage", 2**20)
+    assert (archive.every, archive.batch, archive.attempts) == (600, 1000, 10)
+    assert isinstance(warehouse, PostgresExport)
+    assert (warehouse.to, warehouse.dsn_env, warehouse.table) == ("postgres", "WAREHOUSE_DSN", "ledger.usage")
+    assert (warehouse.batch, warehouse.attempts) == (100, 3)
+    assert isinstance(billing, CloudEventsExport)
+    assert (billing.to, billing.url) == ("cloudevents", "https://openmeter.example/api/v1/events")
+    assert (billing.token_env, billing.source, billing.type) == ("OPENMETER_TOKEN", "model-gateway", "tokens")
+    assert billing.batch == 100
+
+
+def test_without_a_word_about_it_users_are_hashed_rows_kept_90_days_and_nothing_exported(tmp_path: Path) -> None:
+    found = snapshot(tmp_path, all=POOLS)
+    assert (found.gateway.users, found.gateway.ledger.keep, found.exports) == ("hashed", 90 * 86_400, {})
+    found = snapshot(tmp_path, all="gateway: {users: plain, ledger: {keep: 1h}}\n")
+    assert (found.gateway.users, found.gateway.ledger.keep) == ("plain", 3600)
 
 
 def test_a_section_may_be_spread_over_files_and_the_revision_tells_documents_apart(tmp_path: Path) -> None:
@@ -450,7 +562,7 @@ def test_patterns_name_models(patterns: tuple[str, ...], model: str, expected: b
 
 
 ONE_OF_COUNTS = "requests, input_tokens, uncached_input_tokens, output_tokens, total_tokens, usd, concurrent_requests"
-SECTIONS = "gateway, models, families, pools, routes, plans, organisations, teams"
+SECTIONS = "gateway, models, families, pools, routes, plans, organisations, teams, exports"
 
 
 def tokens(members: str) -> str:
@@ -460,18 +572,20 @@ def tokens(members: str) -> str:
 
 
 # A document `a.yaml`, and the line that it is answered with.
+A_TIME = "expected a day such as 2026-01-01, or 2026-01-01T09:00:00+01:00"
+ASCENDING = "expected them to ascend"
 MISTAKES = {
     "an unknown section": ("modles: {}", f"a.yaml:1 modles: is unknown, expected one of {SECTIONS}"),
     "an unknown member": (
         "gateway:\n  schema: strict\n  max_bdy: 1KiB",
         (
             "a.yaml:3 gateway.max_bdy: is unknown, expected one of "
-            "schema, profile, max_body, reserve, when_store_fails, webhook, time_zone, perf_headers"
+            "schema, profile, max_body, reserve, when_store_fails, webhook, time_zone, users, ledger, perf_headers"
         ),
     ),
     "an unknown member far down": (
         "models:\n  llama:\n    pool: demo\n    price:\n      ouput: 1\n" + POOLS,
-        "a.yaml:5 models.llama.price.ouput: is unknown, expected one of input, cached_input, output",
+        "a.yaml:5 models.llama.price.ouput: is unknown, expected one of from, input, cached_input, output, reasoning",
     ),
     "a member that is missing": ("models:\n  llama: {}", "a.yaml:2 models.llama.pool: is missing"),
     "a member of a list's item that is missing": (
@@ -573,6 +687,105 @@ MISTAKES = {
             'a.yaml:1 gateway.max_body: "32MB" is no measure, expected a number with one of B, KiB, MiB, GiB, '
             "such as 32MiB"
         ),
+    ),
+    "a price of another kind": (
+        "models:\n  llama: {pool: demo, price: 3}\n" + POOLS,
+        "a.yaml:2 models.llama.price: 3 is a number, expected members: from, input, cached_input, output, reasoning",
+    ),
+    "a list without a price": (
+        "models:\n  llama: {pool: demo, price: []}\n" + POOLS,
+        "a.yaml:2 models.llama.price: holds nothing, expected at least 1 item",
+    ),
+    "no price in a list": (
+        "models:\n  llama:\n    pool: demo\n    price:\n      - {input: 1}\n      - 4\n" + POOLS,
+        "a.yaml:6 models.llama.price[1]: 4 is a number, expected members: from, input, cached_input, output, reasoning",
+    ),
+    "a member of a price in a list": (
+        "models:\n  llama:\n    pool: demo\n    price:\n      - {input: 1}\n      - {from: 2026-01-01, foo: 1}\n"
+        + POOLS,
+        "a.yaml:6 models.llama.price[1].foo: is unknown, expected one of from, input, cached_input, output, reasoning",
+    ),
+    **{
+        f"no time: {written}": (
+            f"models:\n  llama: {{pool: demo, price: {{from: {written}}}}}\n" + POOLS,
+            f"a.yaml:2 models.llama.price.from: {shown} is no time, {A_TIME}",
+        )
+        for written, shown in (
+            ("soon", '"soon"'),
+            ("'2026-02-30'", '"2026-02-30"'),
+            ("20260101", "20260101"),
+            ("2026-01-01 09:00:00", "2026-01-01T09:00:00"),
+            ("'2026-01-01T09:00'", '"2026-01-01T09:00"'),
+            ("0001-01-01T00:00:00+14:00", "0001-01-01T00:00:00+14:00"),
+        )
+    },
+    "prices of one day": (
+        "models:\n  llama:\n    pool: demo\n    price:\n"
+        "      - {from: 2026-01-01}\n      - {from: 2026-01-01T01:00:00+01:00}\n" + POOLS,
+        f"a.yaml:6 models.llama.price[1].from: 2026-01-01T00:00Z is not after 2026-01-01T00:00Z, {ASCENDING}",
+    ),
+    "a price that is later than the next one": (
+        "models:\n  llama:\n    pool: demo\n    price:\n"
+        "      - {input: 1}\n      - {from: 2026-02-01}\n      - {from: 2026-01-01}\n" + POOLS,
+        f"a.yaml:7 models.llama.price[2].from: 2026-01-01T00:00Z is not after 2026-02-01T00:00Z, {ASCENDING}",
+    ),
+    "a second price from the beginning": (
+        "models:\n  llama:\n    pool: demo\n    price:\n      - {input: 1}\n      - {input: 2}\n" + POOLS,
+        "a.yaml:6 models.llama.price[1].from: is missing, expected the day from which this price holds",
+    ),
+    "users of a third kind": (
+        "gateway: {users: encrypted}\n",
+        'a.yaml:1 gateway.users: "encrypted" is unknown, expected one of hashed, plain',
+    ),
+    "rows that go within the hour": (
+        "gateway: {ledger: {keep: 59m}}\n",
+        "a.yaml:1 gateway.ledger.keep: 3540 is too small, expected at least 3600",
+    ),
+    "a member of the ledger": (
+        "gateway: {ledger: {kept: 90d}}\n",
+        "a.yaml:1 gateway.ledger.kept: is unknown, expected one of keep",
+    ),
+    "a member of a webhook": (
+        "gateway: {webhook: {url: 'http://a', secret_env: A, key: b}}\n",
+        "a.yaml:1 gateway.webhook.key: is unknown, expected one of url, secret_env",
+    ),
+    "a sink that nobody knows": (
+        "exports:\n  a:\n    batch: 1\n    to: kafka\n",
+        'a.yaml:4 exports.a.to: "kafka" is unknown, expected one of jsonl, postgres, cloudevents',
+    ),
+    "an export to nowhere": ("exports:\n  a: {folder: /x}\n", "a.yaml:2 exports.a.to: is missing"),
+    "an export that has no members": (
+        "exports:\n  a: jsonl\n",
+        'a.yaml:2 exports.a: "jsonl" is a string, expected members: to, and those that it has',
+    ),
+    "a member of another sink": (
+        "exports:\n  a: {to: jsonl, folder: /x, table: usage}\n",
+        "a.yaml:2 exports.a.table: is unknown, expected one of to, folder, rotate, every, batch, attempts",
+    ),
+    "files without a folder": ("exports:\n  jsonl: {to: jsonl}\n", "a.yaml:2 exports.jsonl.folder: is missing"),
+    "a folder that depends on where one stands": (
+        "exports:\n  a: {to: jsonl, folder: usage}\n",
+        'a.yaml:2 exports.a.folder: "usage" is no folder, expected one from the root on, such as /var/lib/usage',
+    ),
+    "a table with a blank": (
+        "exports:\n  a: {to: postgres, dsn_env: A, table: my usage}\n",
+        'a.yaml:2 exports.a.table: "my usage" is no name of a table, expected one such as usage, or ledger.usage',
+    ),
+    "a batch that receivers do not take": (
+        "exports:\n  a: {to: cloudevents, url: 'http://a', batch: 101}\n",
+        "a.yaml:2 exports.a.batch: 101 is too large, expected at most 100",
+    ),
+    "a batch of too many rows": (
+        "exports:\n  a: {to: jsonl, folder: /x, batch: 1001}\n",
+        "a.yaml:2 exports.a.batch: 1001 is too large, expected at most 1000",
+    ),
+    "a type with a blank": (
+        "exports:\n  a: {to: cloudevents, url: 'http://a', type: my tokens}\n",
+        'a.yaml:2 exports.a.type: "my tokens" is no word of an event, expected ASCII without a blank',
+    ),
+    "an export without a name": (
+        "exports:\n  a b: {to: jsonl, folder: /x}\n",
+        'a.yaml:2 exports.a b: "a b" is no name, expected letters, digits, dot, dash or underscore, at most 64',
     ),
     "a price below nothing": (
         "models:\n  llama: {pool: demo, price: {input: -0.5}}\n" + POOLS,
@@ -1007,6 +1220,19 @@ def test_the_page_shows_how_a_webhook_is_verified() -> None:
 WORDS = st.sampled_from(
     [
         *("gateway", "models", "families", "pools", "plans", "teams", "limits", "upstreams", "url", "price", "per"),
+        *(
+            "exports",
+            "to",
+            "jsonl",
+            "postgres",
+            "cloudevents",
+            "folder",
+            "from",
+            "input",
+            "ledger",
+            "keep",
+            "2026-01-01",
+        ),
         *("name", "count", "rate", "quota", "at_most", "burst", "pool", "plan", "organisation", "time_zone", "team"),
         *(
             "requests",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gateway.errors import QuotaExhausted, RateLimited
-from gateway.refusals import POLITE, Refusals
+from gateway.refusals import Refusals
 from gateway.snapshot import Limit
-from gateway.standings import Standing
+from gateway.standings import POLITE, Standing
 from gateway.terms import Charge
 from tests.proving.limits import key_of, quota, rate, seats
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.returns import Recent, Returns
+from gateway.returns import Returns
 
 KEY = "{acme}:rate:tokens:research"
 
@@ -249,27 +249,6 @@ def test_with_answers_of_different_length_most_are_told_enough_and_few_much_more
 
 
 # — memory
-
-
-def test_what_is_remembered_is_bounded_and_what_is_in_use_stays() -> None:
-    recent: Recent[int] = Recent(100)
-    recent.put("in use", -1)
-    for number in range(10_000):
-        recent.put(str(number), number)
-        assert recent.get("in use") == -1
-        assert len(recent) <= 100
-    assert [recent.get(str(number)) for number in range(9_960, 10_000)] == list(range(9_960, 10_000))
-    assert recent.get("0") is None
-
-
-def test_the_newest_value_counts_wherever_an_older_one_is_remembered() -> None:
-    recent: Recent[int] = Recent(4)
-    recent.put("a", 1)
-    recent.put("b", 2)
-    recent.put("a", 3)
-    assert recent.get("a") == 3
-    recent.put("c", 4)
-    assert recent.get("a") == 3
 
 
 def test_counts_that_are_idle_are_forgotten() -> None:

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 import redis
 from hypothesis import HealthCheck, given, seed, settings
@@ -23,8 +24,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from gateway.admission import ledger_stream
+from gateway.records import GRAINS, ledger_stream, sums_key
+from gateway.settlements import DEAD, SWEPT, UNRESERVED
 from gateway.snapshot import Limit
+from gateway.store import Script
 from tests.proving import house
 from tests.proving.limits import key_of, quota, rate, seats
 from tests.proving.scripts import (
@@ -33,6 +36,9 @@ from tests.proving.scripts import (
     EPOCH,
     FOREIGN,
     GIVEN_UP,
+    GROWTH,
+    INTERRUPTED,
+    LIVE,
     LOOKED,
     NOMINAL,
     REFUSED,
@@ -143,9 +149,7 @@ def test_a_settlement_repeated_has_one_effect(scripts: Scripts) -> None:
     assert scripts.settle("a", *corrections, row="r") == [SETTLED]
     before = scripts.state()
     assert [scripts.settle("a", *corrections, row="r") for _ in range(5)] == [[ABSENT]] * 5
-    after = scripts.state()
-    assert after.pop(reservation("a").encode())  # the mark
-    assert after == before
+    assert scripts.state() == before
     assert scripts.client.xlen(ledger_stream("acme")) == 1
 
 
@@ -158,13 +162,24 @@ def test_a_settlement_twice_in_one_batch_has_one_effect(scripts: Scripts) -> Non
     assert scripts.client.xlen(ledger_stream("acme")) == 1
 
 
-def test_a_settlement_without_an_admission_changes_no_count(scripts: Scripts) -> None:
+def test_what_is_given_up_without_an_admission_changes_no_count(scripts: Scripts) -> None:
     scripts.one("other", *charges(*limits_of_every_kind()))
     before = scripts.state()
-    assert scripts.settle("a", *used(charges(*limits_of_every_kind()), 4), row="r") == [ABSENT]
+    assert scripts.settle("a", *used(charges(*limits_of_every_kind()), 4)) == [ABSENT]
     after = scripts.state()
     assert after.pop(reservation("a").encode())
     assert after == before
+
+
+def test_what_the_store_has_forgotten_of_an_admission_is_counted_all_the_same(scripts: Scripts) -> None:
+    """It was killed, and had not written what it said."""
+    taken = charges(*limits_of_every_kind(), amount=3)
+    corrections = used(taken, 2, scripts.one("a", *taken))
+    scripts.client.flushdb()
+    assert scripts.settle("a", *corrections, row="r") == [SETTLED]
+    assert scripts.settle("a", *corrections, row="r") == [ABSENT]
+    assert scripts.rows() == ["r"]
+    assert scripts.look(*charges(*limits_of_every_kind(), amount=0)).remaining == [3, 3, 3, 5]
 
 
 def test_an_admission_that_was_given_up_before_it_arrived_takes_nothing(scripts: Scripts) -> None:
@@ -185,10 +200,41 @@ def test_an_admission_that_is_given_up_afterwards_leaves_nothing(scripts: Script
 def test_the_row_and_the_sums_are_written_with_the_settlement(scripts: Scripts) -> None:
     scripts.admit(("a", charges(seats(5))), ("b", charges(seats(5))))
     assert scripts.settle_all(("a", ()), ("b", ()), row="r") == [[SETTLED], [SETTLED]]
-    (sums,) = scripts.client.scan_iter(match="*:usage:*")
-    held: Any = scripts.client.hgetall(sums)
-    assert held == {b"f:requests": b"2", b"f:input_tokens": b"4", b"f:output_tokens": b"8", b"f:cost_microusd": b"10"}
-    assert scripts.client.ttl(sums) == 400 * 86_400
+    assert scripts.rows() == ["r", "r"]
+    assert scripts.sums() == {grain: [2, 4, 0, 8, 0, 10] for grain in GRAINS}
+    assert all(scripts.client.ttl(key) == 400 * 86_400 for key in scripts.client.scan_iter(match="*:usage:*"))
+
+
+def test_a_row_may_take_away_from_the_sums(scripts: Scripts) -> None:
+    """A correction does, where less was used than was charged."""
+    scripts.settle("a", row="r")
+    words: Any = [("b", "less", "f", (0, -2, 0, -1, 0, -5), [], UNRESERVED)]
+    keys = [reservation("b"), LIVE, ledger_stream("acme")]
+    assert scripts.run("settle", keys, msgspec.msgpack.encode(words), 1000, 1000) == [[SETTLED]]
+    assert scripts.sums()["month"] == [1, 0, 0, 3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        *("1970-01-01T00:00:00+00:00", "1999-12-31T23:59:59.999+00:00", "2000-01-01T00:00:00+00:00"),
+        *("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", "2028-02-29T12:00:00+00:00"),
+        *("2026-10-25T00:59:59.999+00:00", "2100-02-28T23:59:59.999+00:00", "2100-03-01T00:00:00+00:00"),
+    ],
+)
+def test_a_row_is_in_the_hour_the_day_and_the_month_of_its_entry(scripts: Scripts, at: str) -> None:
+    moment = datetime.fromisoformat(at)
+    ms = round((moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(milliseconds=1))
+    stream = ledger_stream("acme")
+    scripts.client.xadd(stream, {"row": "before"}, id=f"{ms}-1" if ms else "0-1")
+    text = Script("settle").text.replace("'XADD', ledger, '*'", f"'XADD', ledger, '{ms}-*'")
+    words: Any = [("a", "r", "f", GROWTH, [], 0)]
+    keys = [reservation("a"), LIVE, stream]
+    scripts.client.eval(text, len(keys), *keys, msgspec.msgpack.encode(words), 1000, 1000)
+    months = (moment.year - 1970) * 12 + moment.month - 1
+    numbers = {"hour": ms // 3_600_000, "day": ms // 86_400_000, "month": months}
+    expected = {sums_key("acme", grain, numbers[grain]).encode() for grain in GRAINS}
+    assert set(scripts.client.scan_iter(match="*:usage:*")) == expected
 
 
 def test_a_row_that_cannot_be_written_changes_nothing(scripts: Scripts) -> None:
@@ -197,7 +243,7 @@ def test_a_row_that_cannot_be_written_changes_nothing(scripts: Scripts) -> None:
     scripts.client.set(ledger_stream("acme"), "no stream")
     before = scripts.state()
     assert scripts.settle("a", *used(taken, 0), row="r") == [UNWRITTEN]
-    assert scripts.settle("never admitted", *used(taken, 3), row="r", unreserved=True) == [UNWRITTEN]
+    assert scripts.settle("never admitted", *used(taken, 3), row="r", flags=UNRESERVED) == [UNWRITTEN]
     assert scripts.state() == before
 
 
@@ -215,26 +261,26 @@ def test_the_longest_wait_is_the_one_that_binds(scripts: Scripts) -> None:
 def test_what_was_served_while_the_store_was_away_is_counted_when_it_is_back(scripts: Scripts) -> None:
     taken = charges(*limits_of_every_kind(), amount=3)
     scripts.one("other", *taken)
-    assert scripts.settle("a", *used(taken, 2), row="r", unreserved=True) == [SETTLED]
+    assert scripts.settle("a", *used(taken, 2), row="r", flags=UNRESERVED) == [SETTLED]
     assert scripts.look(*charges(*limits_of_every_kind(), amount=0)).remaining == [0, 0, 0, 4]
     assert scripts.client.xlen(ledger_stream("acme")) == 1
     before = scripts.state()
-    assert scripts.settle("a", *used(taken, 2), row="r", unreserved=True) == [ABSENT]
+    assert scripts.settle("a", *used(taken, 2), row="r", flags=UNRESERVED) == [ABSENT]
     assert scripts.one("a", *taken).verdict == GIVEN_UP
     assert scripts.state() == before
 
 
 def test_it_begins_the_counts_that_are_not_there(scripts: Scripts) -> None:
     taken = charges(*limits_of_every_kind(), amount=3)
-    scripts.settle("a", *used(taken, 2), unreserved=True)
+    scripts.settle("a", *used(taken, 2), row="r", flags=UNRESERVED)
     assert scripts.look(*charges(*limits_of_every_kind(), amount=0)).remaining == [3, 3, 3, 5]
-    assert all(scripts.client.pttl(key) > 0 for key in scripts.state())
+    assert all(scripts.client.pttl(key) > 0 for key in scripts.state() if key != ledger_stream("acme").encode())
 
 
 def test_it_is_settled_as_usual_where_it_was_admitted(scripts: Scripts) -> None:
     taken = charges(*limits_of_every_kind(), amount=3)
     corrections = used(taken, 1, scripts.one("a", *taken))
-    answers = [scripts.settle("a", *corrections, row="r", unreserved=True) for _ in range(3)]
+    answers = [scripts.settle("a", *corrections, row="r", flags=UNRESERVED) for _ in range(3)]
     assert answers == [[SETTLED], [ABSENT], [ABSENT]]
     assert scripts.look(*charges(*limits_of_every_kind(), amount=0)).remaining == [4, 4, 4, 5]
     assert scripts.client.xlen(ledger_stream("acme")) == 1
@@ -243,7 +289,7 @@ def test_it_is_settled_as_usual_where_it_was_admitted(scripts: Scripts) -> None:
 def test_it_is_counted_once_in_a_batch_that_names_it_twice(scripts: Scripts) -> None:
     some = quota(10, "day")
     twice = [("a", [Correction(some, 3, 2)])] * 2
-    assert scripts.settle_all(*twice, unreserved=True) == [[SETTLED], [ABSENT]]
+    assert scripts.settle_all(*twice, row="r", flags=UNRESERVED) == [[SETTLED], [ABSENT]]
     assert scripts.look((some, 0)).remaining == [8]
 
 
@@ -251,7 +297,7 @@ def test_it_is_counted_in_the_window_that_the_gateway_saw_begin(scripts: Scripts
     hourly = quota(10, "hour")
     scripts.one("before", (hourly, 4))
     scripts.now += HOUR
-    scripts.settle("a", Correction(hourly, 3, 3, scripts.starts(hourly)[1]), unreserved=True)
+    scripts.settle("a", Correction(hourly, 3, 3, scripts.starts(hourly)[1]), row="r", flags=UNRESERVED)
     assert scripts.look((hourly, 0)).remaining == [7]
 
 
@@ -261,14 +307,14 @@ def test_what_was_admitted_all_the_same_gives_nothing_back_to_a_later_window(scr
     scripts.one("a", (hourly, 9))
     scripts.now += HOUR
     assert scripts.one("b", (hourly, 10)).remaining == [0]
-    scripts.settle("a", Correction(hourly, 9, 1, scripts.starts(hourly)[1]), unreserved=True)
+    scripts.settle("a", Correction(hourly, 9, 1, scripts.starts(hourly)[1]), row="r", flags=UNRESERVED)
     assert scripts.one("c", (hourly, 1)).verdict == REFUSED
 
 
 def test_a_gateway_whose_clock_is_far_ahead_begins_no_window(scripts: Scripts) -> None:
     hourly = quota(10, "hour")
     scripts.one("before", (hourly, 4))
-    scripts.settle("a", Correction(hourly, 3, 3, scripts.starts(hourly)[2]), unreserved=True)
+    scripts.settle("a", Correction(hourly, 3, 3, scripts.starts(hourly)[2]), row="r", flags=UNRESERVED)
     assert scripts.look((hourly, 0)).remaining == [3]
 
 
@@ -496,7 +542,7 @@ def test_a_debt_of_many_rounds_is_counted_at_once(scripts: Scripts) -> None:
     assert scripts.look((limit, 1)).wait == 2**53  # 285 years
     scripts.now += 10**6 * rounds
     wait = scripts.look((limit, 1)).wait
-    scripts.settle("b", Correction(limit, 0, 1), unreserved=True)
+    scripts.settle("b", Correction(limit, 0, 1), row="r", flags=UNRESERVED)
     scripts.now -= 10**6 * rounds
     assert (wait, scripts.look((limit, 1)).remaining) == (2**53, [0])
 
@@ -509,7 +555,7 @@ def test_a_debt_of_some_rounds_is_paid_to_the_bucket(scripts: Scripts) -> None:
     scripts.settle("a", Correction(limit, 1, 1000, window))
     for passed in (0, 500, 498):
         scripts.now += passed * rounds
-        scripts.settle(f"{passed}", Correction(limit, 0, 0), unreserved=True)  # written once more
+        scripts.settle(f"{passed}", Correction(limit, 0, 0), row="r", flags=UNRESERVED)  # written once more
     assert scripts.look((limit, 1)).wait == 2 * rounds
     scripts.now += 2 * rounds
     assert scripts.one("b", (limit, 1)).verdict == ADMITTED
@@ -584,7 +630,7 @@ def test_a_threshold_is_reached_by_what_is_settled_not_by_what_is_held(scripts: 
 def test_the_highest_of_several_thresholds_is_told(scripts: Scripts) -> None:
     limits = [replace(limit, warn_at=(0.5, 0.8, 0.9)) for limit in (quota(100, "day"), rolling(100, DAY))]
     corrections = [Correction(rate(5, "day"), 1, 1), *(Correction(limit, 0, 85) for limit in limits)]
-    assert scripts.settle("a", *corrections, unreserved=True) == [SETTLED, 2, 2, 85, 3, 2, 85]
+    assert scripts.settle("a", *corrections, row="r", flags=UNRESERVED) == [SETTLED, 2, 2, 85, 3, 2, 85]
     assert scripts.one("b", *charges(*limits, amount=1)).told[0].reached == 0
     assert [told.reached for told in scripts.one("c", *charges(*limits, amount=14)).told] == [3, 3]
 
@@ -616,7 +662,7 @@ def test_a_seat_is_kept_while_it_is_renewed(scripts: Scripts) -> None:
     scripts.one("a", (seat, 1))
     for passed in range(0, 2 * 3600, 14):  # as long as a stream of two hours
         scripts.now += 14 * US
-        assert scripts.renew("a", limit=seat) == [1]
+        assert scripts.renew("a", limit=seat) == [0]
         assert passed % 1000 or scripts.one("b", (seat, 1)).verdict == REFUSED
 
 
@@ -625,8 +671,57 @@ def test_a_lapsed_seat_is_taken_again_and_reported(scripts: Scripts) -> None:
     scripts.one("a", (seat, 1))
     scripts.now += 16 * US
     scripts.one("b", (seat, 1))
-    assert scripts.renew("a", "b", limit=seat) == [0, 1]
+    assert scripts.renew("a", "b", limit=seat) == [1, 0]
     assert scripts.client.zcard(key_of(seat)) == 2
+
+
+def test_a_request_that_is_not_renewed_is_swept_and_one_that_is_lives(scripts: Scripts) -> None:
+    scripts.admit(("a", []), ("b", []), ("c", []))
+    scripts.settle("c", row="r")
+    scripts.now += SEAT_LEASE - 1
+    assert scripts.sweep() == {}
+    assert scripts.renew("b", progress="[1]") == [0]
+    scripts.now += 1
+    assert scripts.sweep() == {"a": b"%d {}\n" % (EPOCH * US)}
+    scripts.now += SEAT_LEASE
+    assert scripts.sweep() == {"a": b"%d {}\n" % (EPOCH * US), "b": b"%d {}\n[1]" % (EPOCH * US)}
+
+
+def test_what_is_swept_has_one_row_and_its_worker_is_told_of_it(scripts: Scripts) -> None:
+    taken = charges(*limits_of_every_kind(), amount=3)
+    corrections = used(taken, 2, scripts.one("a", *taken))
+    scripts.now += SEAT_LEASE
+    assert list(scripts.sweep()) == ["a"]
+    assert scripts.settle("a", *used(taken, 1), row="dead", flags=DEAD | SWEPT) == [SETTLED]
+    assert scripts.sweep() == {}
+    assert scripts.settle("a", *used(taken, 1), row="dead", flags=DEAD | SWEPT) == [INTERRUPTED, b"dead"]
+    assert scripts.renew("a", limit=seats(5)) == [-1]  # it runs, and what runs is counted
+    assert scripts.client.zcard(key_of(seats(5))) == 1
+    assert scripts.settle("a", *corrections, row="r") == [INTERRUPTED, b"dead"]
+    assert (scripts.rows(), scripts.client.zcard(key_of(seats(5)))) == (["dead"], 0)
+    assert scripts.look(*charges(*limits_of_every_kind(), amount=0)).remaining == [4, 4, 4, 5]
+
+
+def test_a_sweeper_who_comes_late_changes_nothing(scripts: Scripts) -> None:
+    scripts.one("a")
+    scripts.settle("a", row="r")
+    scripts.client.delete(reservation("a"))  # the mark is gone
+    before = scripts.state()
+    assert scripts.settle("a", row="dead", flags=DEAD | SWEPT) == [ABSENT]
+    assert scripts.state() == before
+
+
+def test_what_the_store_has_forgotten_is_written_again_as_nothing_taken(scripts: Scripts) -> None:
+    taken = charges(*limits_of_every_kind(), amount=3)
+    corrections = used(taken, 2, scripts.one("a", *taken))
+    scripts.client.flushdb()
+    seat = seats(5)
+    assert scripts.renew("a", limit=seat) == [-2]
+    assert scripts.renew("a", limit=seat, intent="{}", progress="[2]") == [1]
+    scripts.now += SEAT_LEASE
+    assert scripts.sweep() == {"a": b"0 {}\n[2]"}
+    assert scripts.settle("a", *corrections, row="r") == [SETTLED]
+    assert scripts.look(*charges(*limits_of_every_kind(), amount=0)).remaining == [3, 3, 3, 5]
 
 
 def test_the_seat_of_a_settled_or_given_up_request_does_not_come_back(scripts: Scripts) -> None:
@@ -634,7 +729,7 @@ def test_the_seat_of_a_settled_or_given_up_request_does_not_come_back(scripts: S
     scripts.one("a", (seat, 1))
     scripts.settle("a", Correction(seat, 1, 0))
     assert scripts.renew("a", limit=seat) == [-1]
-    assert scripts.settle("a", Correction(seat, 1, 0)) == [ABSENT]  # and now its id is marked
+    assert scripts.settle("a", Correction(seat, 1, 0)) == [ABSENT]
     assert scripts.renew("a", limit=seat) == [-1]
     assert scripts.client.exists(key_of(seat)) == 0
 
@@ -947,7 +1042,9 @@ class Model:
 
     def __init__(self) -> None:
         self.reservations: dict[str, tuple[int, dict[str, Reserved]]] = {}
-        self.given_up: set[str] = set()
+        self.marks: dict[str, str] = {}
+        self.leases: dict[str, int] = {}
+        self.rows: list[str] = []
         self.counts: dict[str, Any] = {}
         self.seats: dict[str, dict[str, int]] = {}
 
@@ -1017,9 +1114,9 @@ class Model:
             blurred |= near
             if over > 0 and not near:
                 waits[place], leasts[place] = wait, least
-        known = id_ and (id_ in self.given_up or id_ in self.reservations)
+        known = id_ and (id_ in self.marks or id_ in self.reservations)
         if known:
-            assert said[:4] == (GIVEN_UP if id_ in self.given_up else REPEATED, 0, 0, 0)
+            assert said[:4] == (GIVEN_UP if id_ in self.marks else REPEATED, 0, 0, 0)
         elif waits or not blurred:
             expected = REFUSED if waits else ADMITTED
             assert said.verdict == (expected if id_ else LOOKED)
@@ -1035,7 +1132,7 @@ class Model:
                 assert last > 0 or longest >= max(waits.values()) - slack  # of those that all wait for what is held
         taken: dict[str, int] = {}
         if said.verdict == ADMITTED:
-            self.reservations[id_] = now, {}
+            self.reservations[id_], self.leases[id_] = (now, {}), now + SEAT_LEASE
             for (limit, amount), told in zip(asked, said.told, strict=True):
                 if not told.over:
                     taken[limit.name] = self.take(id_, limit, amount, now, starts.get(limit.name, ()))
@@ -1098,19 +1195,27 @@ class Model:
                 assert told[:4] == (left, min(reset, 2**53), now // count.width, count.holding)
 
     def settle(  # noqa: C901 - a case for each kind
-        self, id_: str, corrections: Sequence[Correction], now: int, *, unreserved: bool = False
-    ) -> list[int]:
+        self, id_: str, corrections: Sequence[Correction], now: int, *, row: str = "", flags: int = 0
+    ) -> list[Any]:
+        self.leases.pop(id_, None)
+        mark, unreserved = self.marks.get(id_, ""), flags & UNRESERVED
+        if mark[:1] == "~" and row:
+            for one in corrections:
+                self.seats.get(one.limit.name, {}).pop(id_, None)
+            return [INTERRUPTED, mark[1:].encode()]
         at, _ = self.reservations.pop(id_, (None, {}))
-        if id_ in self.given_up or (at is None and not unreserved):
-            self.given_up.add(id_)
+        if mark or (at is None and (flags & SWEPT or not row)):
+            if not mark and not flags & SWEPT:
+                self.marks[id_] = "-"
             return [ABSENT]
-        if unreserved:
-            self.given_up.add(id_)
-        said = [SETTLED]
+        self.marks[id_] = ("~" + row if flags & (DEAD | SWEPT) else "+") if row else "-"
+        self.rows += [row] if row else []
+        at = at or None  # of one that was written again nothing was taken
+        said: list[Any] = [SETTLED]
         for place, one in enumerate(corrections, start=1):
             limit = one.limit
             if limit.kind == "seats":
-                self.seats.get(limit.name, {}).pop(id_ if at is not None else "", None)
+                self.seats.get(limit.name, {}).pop(id_, None)
                 continue
             count = self.counts.get(limit.name)
             match limit.kind:
@@ -1144,12 +1249,26 @@ class Model:
                 said += [place, number, settled]
         return said
 
-    def renew(self, id_: str, limit: Limit, now: int) -> int:
-        if limit.name not in self.reservations.get(id_, (0, {}))[1]:
-            return -1
-        kept = self.seats[limit.name].get(id_, 0) > now
-        self.seats[limit.name][id_] = now + SEAT_LEASE
-        return int(kept)
+    def renew(self, id_: str, limit: Limit, now: int, *, intent: str = "") -> int:
+        mark = self.marks.get(id_, "")
+        if id_ not in self.reservations and not mark and intent:
+            self.reservations[id_] = 0, {}
+        known = id_ in self.reservations
+        if known:
+            self.leases[id_] = now + SEAT_LEASE
+        elif mark[:1] != "~":
+            return -1 if mark else -2
+        seats = self.seats.setdefault(limit.name, {})
+        lapsed = seats.get(id_, 0) <= now
+        seats[id_] = now + SEAT_LEASE
+        return int(lapsed) if known else -1
+
+    def sweep(self, now: int) -> set[str]:
+        over = [id_ for id_, at in self.leases.items() if at <= now]
+        for id_ in over:
+            if id_ not in self.reservations:
+                del self.leases[id_]
+        return {id_ for id_ in over if id_ in self.reservations}
 
 
 def band(limit: Limit) -> Fraction:
@@ -1175,6 +1294,7 @@ rates = st.builds(
 ).filter(lambda limit: limit.capacity * limit.period <= limit.amount * 2**53)  # full again in 285 years
 
 shares = st.sampled_from([(), (0.5,), (0.25, 0.5, 1.0)])
+hows = st.sampled_from([("", 0), ("a row", 0), ("a row", UNRESERVED), ("dead", DEAD | UNRESERVED), ("a row", 0)])
 
 
 class Limits(RuleBasedStateMachine):
@@ -1264,8 +1384,8 @@ class Limits(RuleBasedStateMachine):
     def _used(self, data: st.DataObject, amount: int) -> int:
         return data.draw(st.sampled_from([0, amount // 2, amount, amount + 1, 3 * amount]))
 
-    @rule(data=st.data(), of=st.integers(0, 7), told=st.booleans(), unreserved=st.booleans())
-    def settle(self, data: st.DataObject, of: int, told: bool, unreserved: bool) -> None:
+    @rule(data=st.data(), of=st.integers(0, 7), told=st.booleans(), how=hows)
+    def settle(self, data: st.DataObject, of: int, told: bool, how: tuple[str, int]) -> None:
         live = [id_ for id_ in self.model.reservations if id_ not in self.crashed]
         id_ = live[of % len(live)] if live else str(self.ids + 1)
         _, taken = self.model.reservations.get(id_, (0, {}))
@@ -1275,11 +1395,13 @@ class Limits(RuleBasedStateMachine):
                 Correction(one.limit, one.amount, self._used(data, one.amount), one.window if told else 0)
                 for one in taken.values()
             ],
-            unreserved=unreserved,
+            *how,
         )
 
-    @rule(data=st.data(), told=st.booleans(), lost=st.booleans())
-    def settle_what_was_served_while_the_store_was_away(self, data: st.DataObject, told: bool, lost: bool) -> None:
+    @rule(data=st.data(), told=st.booleans(), how=hows)
+    def settle_what_was_served_while_the_store_was_away(
+        self, data: st.DataObject, told: bool, how: tuple[str, int]
+    ) -> None:
         self.ids += 1
         starts = self._starts()
         names = data.draw(st.lists(st.sampled_from([*self.limits]), min_size=1, max_size=4, unique=True))
@@ -1288,19 +1410,42 @@ class Limits(RuleBasedStateMachine):
             amount = self._amount(data, limit)
             window = starts[limit.name][1] if told and limit.kind == "quota" else 0
             corrections.append(Correction(limit, amount, self._used(data, amount), window))
-        self._settle(str(self.ids), corrections, unreserved=True)
+        self._settle(str(self.ids), corrections, how[0], how[1] | UNRESERVED)
 
-    def _settle(self, id_: str, corrections: list[Correction], *, unreserved: bool) -> None:
+    @rule(of=st.integers(0, 63), how=hows)
+    def settle_what_has_ended_before(self, of: int, how: tuple[str, int]) -> None:
+        ended = [*self.model.marks]
+        if ended:
+            self._settle(ended[of % len(ended)], [Correction(self.limits["seats"], 1, 0)], *how)
+
+    @rule(used=st.integers(0, 2))
+    def sweep(self, used: int) -> None:
+        """What has lapsed is settled with a part of what was taken; nothing that is alive is."""
+        found = self._same(lambda scripts: sorted(scripts.sweep(1000)))
+        assert set(found) == self.model.sweep(self.now)
+        for id_ in found:
+            _, taken = self.model.reservations[id_]
+            some = [Correction(one.limit, one.amount, one.amount * used // 2) for one in taken.values()]
+            self._settle(id_, some, f"swept {id_}", DEAD | SWEPT)
+
+    def _settle(self, id_: str, corrections: list[Correction], row: str, flags: int) -> None:
         def settle() -> None:
-            (said,) = self._same(lambda scripts: [scripts.settle(id_, *corrections, unreserved=unreserved)])
-            assert said == self.model.settle(id_, corrections, self.now, unreserved=unreserved)
+            (said,) = self._same(lambda scripts: [scripts.settle(id_, *corrections, row=row, flags=flags)])
+            assert said == self.model.settle(id_, corrections, self.now, row=row, flags=flags)
 
         settle()
         self.again = settle
 
     @rule(
         fault=st.sampled_from(
-            ["the reply was lost", "a worker crashes", "a reservation expires", "the scripts are flushed", "renew"]
+            [
+                "the reply was lost",
+                "a worker crashes",
+                "a reservation expires",
+                "the scripts are flushed",
+                "renew",
+                "write again",
+            ]
         ),
         of=st.integers(0, 7),
     )
@@ -1331,6 +1476,14 @@ class Limits(RuleBasedStateMachine):
         holders = [id_ for id_, (_, taken) in self.model.reservations.items() if "seats" in taken]
         id_ = holders[of % len(holders)] if holders else str(self.ids + 7)
         assert self._same(lambda scripts: scripts.renew(id_, limit=seat)) == [self.model.renew(id_, seat, self.now)]
+
+    def _write_again(self, of: int) -> None:
+        """What the store has lost is known to its worker."""
+        lost = [id_ for id_ in self.model.leases if id_ not in self.model.reservations]
+        if lost:
+            id_, seat = lost[of % len(lost)], self.limits["seats"]
+            said = self._same(lambda scripts: scripts.renew(id_, limit=seat, intent="{}"))
+            assert said == [self.model.renew(id_, seat, self.now, intent="{}")]
 
     @rule(name=st.sampled_from(["first", "second"]), to=rates)
     def a_rate_changes(self, name: str, to: Limit) -> None:
@@ -1363,6 +1516,13 @@ class Limits(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.limits:
             self._admit([("", [(limit, 1) for limit in self.limits.values()])])
+            self._same(lambda scripts: [scripts.rows()])
+            for scripts in self.scripts:
+                rows = scripts.rows()
+                assert rows == self.model.rows
+                assert scripts.sums() == (
+                    {grain: [len(rows) * by for by in GROWTH] for grain in GRAINS} if rows else {}
+                )
 
     def _same(self, work: Callable[[Scripts], list[Any]]) -> list[Any]:
         for scripts in self.scripts:

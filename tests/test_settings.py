@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.settings import Settings, SettingsError, hosts
+from gateway.settings import Settings, SettingsError, admin_key, hosts, pepper
 
 READ: dict[str, tuple[str, Any]] = {
     "policies": ("/etc/gateway", Path("/etc/gateway")),
@@ -17,6 +17,8 @@ READ: dict[str, tuple[str, Any]] = {
     "state": ("/var/lib/gateway", Path("/var/lib/gateway")),
     "redis_url": ("rediss://:pass@valkey:6380/1", "rediss://:pass@valkey:6380/1"),
     "key_pepper": ("of the tests", "of the tests"),
+    "spool_most": ("2097152", 2 << 20),
+    "admin_key": ("of-the-tests", "of-the-tests"),
     "store_deadline": ("0.25", 0.25),
     "drain": ("5", 5.0),
     "log": ("json", "json"),
@@ -66,6 +68,11 @@ MISTAKES = {
     ("store_deadline", "0"): f'GATEWAY_STORE_DEADLINE is "0.0", {A_TIME}',
     ("store_deadline", "nan"): f'GATEWAY_STORE_DEADLINE is "nan", {A_TIME}',
     ("drain", "inf"): 'GATEWAY_DRAIN is "inf", expected a number from 0 to 86400',
+    **{
+        ("admin_key", key): "GATEWAY_ADMIN_KEY is another value, "
+        "expected printable ASCII without spaces, as it has to travel in a header"
+        for key in ("canary key", "canary\n", "canäry")
+    },
     ("log", "text"): 'GATEWAY_LOG is "text", expected one of auto, people, json',
     **{
         ("redis_url", address): f"GATEWAY_REDIS_URL is another value, expected {expected}"
@@ -124,9 +131,25 @@ def test_the_hosts_of_an_address_have_the_port_that_is_meant_where_none_is_writt
 
 
 def test_secrets_do_not_show() -> None:
-    settings = Settings.read({"GATEWAY_REDIS_URL": "redis://:canary@valkey", "GATEWAY_KEY_PEPPER": "canary"})
+    secrets = ("GATEWAY_KEY_PEPPER", "GATEWAY_ADMIN_KEY")
+    settings = Settings.read({"GATEWAY_REDIS_URL": "redis://:canary@valkey", **dict.fromkeys(secrets, "canary")})
     assert "canary" not in repr(settings)
     assert settings.key_pepper == "canary"
+
+
+def test_secrets_of_a_state_folder_are_made_once_for_us_alone_unless_they_are_set(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    kept = Settings.read({"GATEWAY_STATE": str(folder)})
+    made = {"pepper": pepper(kept), "admin_key": admin_key(kept)}
+    assert (pepper(kept), admin_key(kept)) == tuple(made.values()), "the same again"
+    assert len({*made.values()}) == 2
+    assert {file.name: (file.read_bytes(), file.stat().st_mode & 0o777) for file in folder.iterdir()} == {
+        name: (secret, 0o600) for name, secret in made.items()
+    }
+    given = Settings.read(
+        {"GATEWAY_STATE": str(tmp_path / "none"), "GATEWAY_KEY_PEPPER": "a", "GATEWAY_ADMIN_KEY": "b"}
+    )
+    assert (pepper(given), admin_key(given), (tmp_path / "none").exists()) == (b"a", b"b", False)
 
 
 def test_settings_are_frozen() -> None:

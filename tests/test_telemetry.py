@@ -97,6 +97,7 @@ ANSWERED = {
     "input_tokens",
     "cached_tokens",
     "output_tokens",
+    "reasoning_tokens",
     "usage_source",
     "bytes_out",
 }

@@ -12,16 +12,18 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gateway.terms
 from gateway.bounds import Input
 from gateway.endpoints import ENDPOINTS
 from gateway.errors import BadRequest, Forbidden
-from gateway.identity import Principal, anonymous
+from gateway.identity import Principal, stored_user
 from gateway.language import Count
 from gateway.learned import Learned
 from gateway.normalize import InferenceRequest
 from gateway.policy import load
+from gateway.records import Price
 from gateway.snapshot import Snapshot
-from gateway.terms import Terms, terms_for, used
+from gateway.terms import Terms, looked_at, used, whom
 from gateway.usage import NOTHING, Usage
 
 MODEL = "accounts/acme/models/llama"
@@ -36,10 +38,12 @@ LIMITS: list[dict[str, Any]] = [
 ]
 
 
-def snapshot(folder: Path, *limits: dict[str, Any], reserve: str = "max", models: tuple[str, ...] = ("*",)) -> Snapshot:
+def snapshot(
+    folder: Path, *limits: dict[str, Any], reserve: str = "max", models: tuple[str, ...] = ("*",), users: str = "hashed"
+) -> Snapshot:
     prices = {"input": 2.0, "cached_input": 1.0, "output": 10.0}
     document = {
-        "gateway": {"reserve": reserve},
+        "gateway": {"reserve": reserve, "users": users},
         "models": {
             MODEL: {"pool": "demo", "aliases": ["llama"], "price": prices},
             "accounts/acme/models/qwen": {"pool": "demo"},
@@ -71,6 +75,26 @@ def text(size: int) -> Input:
 
 
 NEW = Learned()
+NOW = 1_800_000_000.0
+PRICE = Price(2_000_000, 1_000_000, 10_000_000, 10_000_000)
+
+
+def users(organisation: str, name: str, plain: bool) -> str:
+    return stored_user(b"of the tests", organisation, name, plain)
+
+
+ANN = users("acme", "ann", False)
+
+
+def terms_for(
+    principal: Principal, request: InferenceRequest, policies: Snapshot, learned: Learned, at: float = NOW
+) -> Terms:
+    return gateway.terms.terms_for(principal, request, policies, learned, users, at)
+
+
+def priced(policies: Snapshot, price: Price, at: float = 0.0) -> Any:
+    """The model at another price, from then on."""
+    return replace(policies.models["llama"], prices=((at, price),))
 
 
 def principal(**members: Any) -> Principal:
@@ -85,6 +109,11 @@ COUNTS = ("input_tokens", "uncached_input_tokens", "output_tokens", "total_token
 with TemporaryDirectory() as folder:
     WIDE = snapshot(Path(folder), *({"name": c, "count": c, "quota": "9999/day", "per": ["team"]} for c in COUNTS))
 
+with TemporaryDirectory() as folder:
+    PER_USER = [("user",), ("user", "model"), ("model", "user"), ("key", "user", "team")]
+    SOME = [{"name": "|".join(per), "count": "requests", "rate": "9/minute", "per": list(per)} for per in PER_USER]
+    WIDE_USERS = snapshot(Path(folder), *({**limit, "name": f"n{i}"} for i, limit in enumerate(SOME))).teams["red"]
+
 
 @pytest.fixture
 def policies(tmp_path: Path) -> Snapshot:
@@ -93,36 +122,34 @@ def policies(tmp_path: Path) -> Snapshot:
 
 def test_every_limit_of_the_plan_is_charged_on_its_own_count(policies: Snapshot) -> None:
     terms = terms_for(principal(), request(policies), policies, NEW)
-    ann = anonymous("ann")
     assert charged(terms) == {
         "requests": ("{acme}:rate:requests:tred", 1),
         "input": (f"{{acme}}:rate:input:kk1|m{MODEL}", 100),
         "uncached": ("{acme}:rate:uncached:tred", 100),
-        "output": (f"{{acme}}:rate:output:u{ann}", 200),
+        "output": (f"{{acme}}:rate:output:u{ANN}", 200),
         "total": ("{acme}:quota:total:oacme", 300),
-        "spend": (f"{{acme}}:quota:spend:oacme|u{ann}|m{MODEL}", 2200),
-        "seats": (f"{{acme}}:seats:seats:tred|u{ann}", 1),
+        "spend": (f"{{acme}}:quota:spend:oacme|u{ANN}|m{MODEL}", 2200),
+        "seats": (f"{{acme}}:seats:seats:tred|u{ANN}", 1),
     }
     assert (terms.organisation, terms.team, terms.key_id, terms.user, terms.pool) == (
         "acme",
         "red",
         "k1",
-        "ann",
+        ANN,
         "demo",
     )
 
 
 def test_what_callers_are_told_names_every_scope_and_never_a_user(policies: Snapshot) -> None:
     terms = terms_for(principal(), request(policies), policies, NEW)
-    ann = anonymous("ann")
     assert [charge.scope for charge in terms.charges] == [
         "team red",
         f"key k1 with model {MODEL}",
         "team red",
-        f"user {ann}",
+        f"user {ANN}",
         "organisation acme",
-        f"organisation acme with user {ann} with model {MODEL}",
-        f"team red with user {ann}",
+        f"organisation acme with user {ANN} with model {MODEL}",
+        f"team red with user {ANN}",
     ]
 
 
@@ -140,8 +167,9 @@ def test_the_user_of_the_request_comes_before_the_user_of_the_key(
     policies: Snapshot, asked: str | None, of_key: str | None, expected: str | None
 ) -> None:
     terms = terms_for(principal(user=of_key), request(policies, user=asked), policies, NEW)
-    assert terms.user == expected
-    assert terms.charges[3].key == f"{{acme}}:rate:output:u{anonymous(expected or '')}"
+    stored = None if expected is None else users("acme", expected, False)
+    assert terms.user == stored
+    assert terms.charges[3].key == f"{{acme}}:rate:output:u{stored or ''}"
 
 
 def test_an_alias_is_counted_as_its_model(policies: Snapshot) -> None:
@@ -242,7 +270,7 @@ def test_what_was_used_is_charged_and_without_an_answer_nothing(
     policies: Snapshot, count: Count, expected: tuple[int, int, int]
 ) -> None:
     usages = (Usage(10, 5, 4), Usage(0, 0), NOTHING)
-    assert tuple(used(count, usage, request(policies)) for usage in usages) == expected
+    assert tuple(used(count, usage, PRICE) for usage in usages) == expected
 
 
 def test_terms_are_frozen(policies: Snapshot) -> None:
@@ -303,32 +331,42 @@ def test_each_limit_goes_by_its_own_mode(tmp_path: Path) -> None:
     assert amounts(snapshot(tmp_path, *limits), taught(output=32), input=counted(100)) == [300, 164, 100]
 
 
-def test_where_what_is_cached_is_dearer_its_price_holds_beforehand(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("price", "usage", "cost"),
+    [
+        (Price(2_000_000, 20_000_000, 10_000_000, 10_000_000), Usage(100, 200, 100), 4000),
+        (Price(2_000_000, 1_000_000, 10_000_000, 40_000_000), Usage(100, 200, 0, 200), 8200),
+        (Price(2_000_000, 20_000_000, 10_000_000, 40_000_000), Usage(100, 200, 100, 200), 10_000),
+        (Price(2_000_000, 1_000_000, 10_000_000, 1_000_000), Usage(100, 200), 2200),
+    ],
+)
+def test_where_what_is_cached_or_reasoning_is_dearer_its_price_holds_beforehand(
+    tmp_path: Path, price: Price, usage: Usage, cost: int
+) -> None:
     policies = snapshot(tmp_path, *TOKENS)
-    dear = replace(policies.models["llama"], cached_input_price=20_000_000)
-    assert amounts(policies, NEW, model=dear) == [100, 100, 200, 300, 4000]
-    usage = Usage(100, 200, 100)
-    assert used("usd", usage, request(policies, model=dear)) == 4000
+    assert amounts(policies, NEW, model=priced(policies, price)) == [100, 100, 200, 300, cost]
+    assert used("usd", usage, price) == cost
+
+
+SHARES = st.floats(0, 1)
 
 
 @given(
     st.integers(0, 2000),
     st.integers(0, 2000),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.tuples(*[st.integers(0, 10**7)] * 3),
+    st.tuples(SHARES, SHARES, SHARES, SHARES),
+    st.builds(Price, *[st.integers(0, 10**7)] * 4),
 )
 def test_in_mode_max_nothing_is_used_that_was_not_reserved(
-    size: int, output: int, reported: float, cached: float, prices: tuple[int, int, int]
+    size: int, bound: int, shares: tuple[float, float, float, float], price: Price
 ) -> None:
     """Whatever the backend reports, as long as a byte of text is no more than a token, and the bound holds."""
-    of_input, of_cached, of_output = prices
-    model = replace(WIDE.models["llama"], input_price=of_input, cached_input_price=of_cached, output_price=of_output)
-    asked = request(WIDE, input=text(size), output_bound=output, model=model)
-    tokens = int(reported * asked.input.bound)
-    usage = Usage(tokens, output, int(cached * tokens))
-    for charge in terms_for(principal(), asked, WIDE, NEW).charges:
-        assert used(charge.limit.count, usage, asked) <= charge.amount
+    asked = request(WIDE, input=text(size), output_bound=bound, model=priced(WIDE, price))
+    input_, output = int(shares[0] * asked.input.bound), int(shares[1] * bound)
+    usage = Usage(input_, output, int(shares[2] * input_), int(shares[3] * output))
+    terms = terms_for(principal(), asked, WIDE, NEW)
+    for charge in terms.charges:
+        assert used(charge.limit.count, usage, terms.price) <= charge.amount
 
 
 @pytest.mark.parametrize("mode", ["expected", "input"])
@@ -381,14 +419,60 @@ def test_a_limit_that_must_hold_relies_on_the_bound_of_what_it_counts(
     limit = {"name": "x", "count": count, "quota": "100000/day", "per": ["team"], **members}
     policies = snapshot(tmp_path, limit if count != "usd" else {**limit, "quota": "100/day"})
     assert terms_for(principal(), request(policies), policies, NEW).bounded is expected
-    free = request(policies, model=replace(policies.models["llama"], output_price=0))
-    assert terms_for(principal(), free, policies, NEW).bounded is (expected and count != "usd")
+    for price, costs in ((Price(1), False), (Price(reasoning=1), True), (Price(output=1), True)):
+        asked = request(policies, model=priced(policies, price))
+        assert terms_for(principal(), asked, policies, NEW).bounded is (expected and (costs or count != "usd"))
 
 
 def test_the_terms_say_how_many_tokens_the_input_is_thought_to_have(policies: Snapshot) -> None:
     for learned, expected in ((NEW, 25), (taught(output=9), 50)):
         terms = terms_for(principal(), request(policies, input=text(100)), policies, learned)
         assert terms.input_estimate == pytest.approx(expected, abs=2)
+
+
+# — what it costs, and whose it is
+
+
+def test_a_request_has_the_price_of_the_moment_when_it_came(tmp_path: Path) -> None:
+    policies = snapshot(tmp_path, LIMITS[5])
+    dear = Price(20_000_000, 10_000_000, 100_000_000, 100_000_000)
+    asked = request(policies, model=replace(policies.models["llama"], prices=((0.0, PRICE), (NOW, dear))))
+    before, after = (terms_for(principal(), asked, policies, NEW, at) for at in (NOW - 0.001, NOW))
+    assert (before.price, before.charges[0].amount) == (PRICE, 2200)
+    assert (after.price, after.charges[0].amount) == (dear, 22_000)
+
+
+def test_a_limit_that_only_the_later_price_breaks_refuses_only_later(tmp_path: Path) -> None:
+    policies = snapshot(tmp_path, LIMITS[5])
+    dear = Price(input=10_001_000_000)
+    asked = request(policies, model=replace(policies.models["llama"], prices=((NOW, dear),)))
+    assert terms_for(principal(), asked, policies, NEW, NOW - 1).charges[0].amount == 0
+    with pytest.raises(BadRequest, match="never holds more than 1000000"):
+        terms_for(principal(), asked, policies, NEW, NOW)
+
+
+def test_where_users_are_plain_counts_and_scopes_say_the_name(tmp_path: Path) -> None:
+    policies = snapshot(tmp_path, LIMITS[3], users="plain")
+    terms = terms_for(principal(), request(policies), policies, NEW)
+    assert (terms.user, terms.charges[0].key, terms.charges[0].scope) == ("ann", "{acme}:rate:output:uann", "user ann")
+
+
+def test_limits_that_are_looked_at_are_those_that_are_charged(policies: Snapshot) -> None:
+    caller, team = principal(), policies.teams["red"]
+    for named in ("ann", None):
+        charges = terms_for(caller, request(policies, user=named), policies, NEW).charges
+        looked = looked_at(caller, team, policies.models["llama"], whom(caller, named, team, policies, users))
+        assert [(charge.key, charge.scope) for charge in looked] == [(charge.key, charge.scope) for charge in charges]
+
+
+@given(st.text(), st.text(), st.booleans())
+def test_counts_of_two_users_are_never_one(one: str, other: str, plain: bool) -> None:
+    keys = [
+        [key for _, key, _ in gateway.terms._binding(WIDE_USERS, "k1", users("acme", name, plain), MODEL, MODEL).counts]
+        for name in (one, other)
+    ]
+    assert (keys[0] == keys[1]) == (one == other)
+    assert one == other or not set(keys[0]) & set(keys[1])
 
 
 # — the models that a limit is for

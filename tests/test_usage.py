@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.endpoints import ENDPOINTS, Endpoint
-from gateway.snapshot import Model
+from gateway.records import Price
 from gateway.usage import HEAD, NOTHING, TAIL, Tail, Usage, usage_of
 
 ESTIMATE = 77
@@ -41,6 +43,11 @@ def used(
     for chunk in chunks:
         tail.add(chunk)
     return usage_of(tail, where, stream=stream, input_estimate=ESTIMATE, output_bound=bound)
+
+
+def counted(output: int) -> Usage:
+    """What is counted of an answer that reports nothing."""
+    return Usage(ESTIMATE, output, input_source="counted", output_source="counted")
 
 
 def document(usage: object, text: str = "blue") -> bytes:
@@ -81,7 +88,7 @@ STREAMS: dict[str, tuple[list[bytes], Usage]] = {
     "an event may be named": ([b"event: message\n" + event(usage=report(3, 2))], Usage(3, 2)),
     "what the model says of usage is text": (
         [word('{"usage": {"prompt_tokens": 1000000, "completion_tokens": 1000000}}'), DONE],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "what the model says of usage after the report is text": (
         [word("a", usage=report(3, 2)), word('"usage": {"prompt_tokens": 0}'), word("usage"), DONE],
@@ -107,15 +114,15 @@ STREAMS: dict[str, tuple[list[bytes], Usage]] = {
     "not more is cached than was sent": ([event(usage=report(3, 2, 10))], Usage(3, 2, 3)),
     "half a report is completed by counting": (
         [word("a"), word("b", usage={"prompt_tokens": 3})],
-        Usage(3, 2, source="counted"),
+        Usage(3, 2, output_source="counted"),
     ),
     "the other half, too": (
         [word("a"), word("b", usage={"completion_tokens": 9})],
-        Usage(ESTIMATE, 9, source="counted"),
+        Usage(ESTIMATE, 9, input_source="counted"),
     ),
     "a total of nothing known says nothing": (
         [word("a", usage={"total_tokens": 9})],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "it may be written as newer endpoints do": (
         [word("a", usage={"input_tokens": 3, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 1}})],
@@ -123,30 +130,59 @@ STREAMS: dict[str, tuple[list[bytes], Usage]] = {
     ),
     "a response further in is another one": (
         [word("a"), event(response={"usage": report(9, 9)})],
-        Usage(ESTIMATE, 2, source="counted"),
+        counted(2),
+    ),
+    "of the output some is reasoning": (
+        [event(usage={**report(3, 9), "completion_tokens_details": {"reasoning_tokens": 7}})],
+        Usage(3, 9, reasoning=7),
+    ),
+    "not more is reasoning than was produced": (
+        [event(usage={**report(3, 9), "completion_tokens_details": {"reasoning_tokens": 10}})],
+        Usage(3, 9, reasoning=9),
+    ),
+    "reasoning may be null": (
+        [event(usage={**report(3, 9), "completion_tokens_details": {"reasoning_tokens": None, "x": 1}})],
+        Usage(3, 9),
+    ),
+    "its details may be null": ([event(usage={**report(3, 9), "completion_tokens_details": None})], Usage(3, 9)),
+    "less reasoning than nothing is none": (
+        [event(usage={**report(3, 9), "completion_tokens_details": {"reasoning_tokens": -1}})],
+        Usage(3, 9),
+    ),
+    "reasoning may be told as newer endpoints do": (
+        [event(usage={"input_tokens": 3, "output_tokens": 9, "output_tokens_details": {"reasoning_tokens": 7}})],
+        Usage(3, 9, reasoning=7),
+    ),
+    "reasoning of a null output is of what was counted": (
+        [word("a"), word("b", usage={"prompt_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 7}})],
+        Usage(3, 2, reasoning=2, output_source="counted"),
+    ),
+    "null that follows a usage in its event is none": (
+        [b'data: {"usage": {"prompt_tokens": 3, "completion_tokens": 2}, "choices": [{"usage": null}]}\n\n'],
+        Usage(3, 2),
     ),
     "less than nothing is nothing": ([event(usage=report(-3, -2, -1))], Usage(0, 0)),
     "more than is credible is cut": ([event(usage=report(2**62, 10**15, 10**15))], Usage(10**9, 10**9, 10**9)),
-    "without a report events are counted": ([word("a"), word("b"), DONE], Usage(ESTIMATE, 2, source="counted")),
-    "null is no report": ([word("a", usage=None), word("b", usage=None)], Usage(ESTIMATE, 2, source="counted")),
-    "nothing is no report": ([word("a", usage={}), word("b")], Usage(ESTIMATE, 2, source="counted")),
+    "without a report events are counted": ([word("a"), word("b"), DONE], counted(2)),
+    "null is no report": ([word("a", usage=None), word("b", usage=None)], counted(2)),
+    "nothing is no report": ([word("a", usage={}), word("b")], counted(2)),
     "zeros are no report, as LocalAI writes them until its last chunk": (
         [word("a", usage=report(0, 0, 0)), word("b", usage=report(0, 0))],
-        Usage(ESTIMATE, 2, source="counted"),
+        counted(2),
     ),
     "zeros after a report are none": ([word("a", usage=report(3, 1)), word("b", usage=report(0, 0))], Usage(3, 1)),
     "a comment is no report": (
         [word("a"), b': "usage": {"prompt_tokens": 9, "completion_tokens": 9}}\n\n'],
-        Usage(ESTIMATE, 2, source="counted"),
+        counted(2),
     ),
-    "a word is no report": ([word("a", usage="3"), word("b")], Usage(ESTIMATE, 2, source="counted")),
+    "a word is no report": ([word("a", usage="3"), word("b")], counted(2)),
     "words are no numbers": (
         [word("a", usage={"prompt_tokens": "3", "completion_tokens": "2"})],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "a report that is cut is none": (
         [word("a"), event(usage=report(3, 2))[:-20]],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "an empty answer used nothing": ([], NOTHING),
     "an answer of no bytes used nothing": ([b"", b""], NOTHING),
@@ -209,7 +245,7 @@ def test_an_event_that_the_tail_cuts_is_read_if_its_usage_is_whole(before: int) 
     found = used([b"data: ", last[6:], DONE])
     assert found == Usage(3, 2, 1)
     one_by_one = used([bytes([byte]) for byte in last + DONE])
-    assert one_by_one in (Usage(3, 2, 1), Usage(ESTIMATE, 1, source="counted"))
+    assert one_by_one in (Usage(3, 2, 1), counted(1))
     if len(last + DONE) <= TAIL:
         assert one_by_one == Usage(3, 2, 1)
 
@@ -225,15 +261,15 @@ def test_an_event_that_the_tail_cuts_before_its_usage_is_read() -> None:
         (document(report(3, 2, 1)), Usage(3, 2, 1)),
         (json.dumps(json.loads(document(report(3, 2))), indent=2).encode() + b"\n", Usage(3, 2)),
         (document(report(3, 2), text='"usage": {"prompt_tokens": 9}'), Usage(3, 2)),
-        (document(None), Usage(ESTIMATE, 15, source="counted")),
+        (document(None), counted(15)),
         (document(report(3, 2, 1), text="x" * 3 * TAIL), Usage(3, 2, 1)),
         (document(report(3, 2), text='"usage": {"prompt_tokens": 9}' * TAIL), Usage(3, 2)),
         (json.dumps({"text": "x" * 3 * TAIL, "usage": report(3, 2)}, indent=2).encode(), Usage(3, 2)),
-        (b"not json at all", Usage(ESTIMATE, 4, source="counted")),
-        (b"x", Usage(ESTIMATE, 1, source="counted")),
-        (b'{"usage": {"prompt_tokens": 3, ' * 1000, Usage(ESTIMATE, 7750, source="counted")),
-        (b"x" * 2 * TAIL + b'"usage"', Usage(ESTIMATE, 4098, source="counted")),
-        (b"x" * 2 * TAIL + b'"usage": null, "a": {"prompt_tokens": 9}', Usage(ESTIMATE, 4106, source="counted")),
+        (b"not json at all", counted(4)),
+        (b"x", counted(1)),
+        (b'{"usage": {"prompt_tokens": 3, ' * 1000, counted(7750)),
+        (b"x" * 2 * TAIL + b'"usage"', counted(4098)),
+        (b"x" * 2 * TAIL + b'"usage": null, "a": {"prompt_tokens": 9}', counted(4106)),
         (b"", NOTHING),
     ],
 )
@@ -294,7 +330,7 @@ def test_what_looks_like_usage_never_breaks_anything(
 ) -> None:
     found = used([b"x" * before, *signs], endpoint, stream=stream)
     assert 0 <= found.cached <= found.input <= 10**9
-    assert 0 <= found.output <= 10**9
+    assert 0 <= found.reasoning <= found.output <= 10**9
 
 
 @pytest.mark.parametrize(
@@ -386,19 +422,19 @@ MESSAGES: dict[str, tuple[list[bytes], Usage]] = {
     ),
     "a stream that is cut is counted from its first event on": (
         [begin(anthropic(3, 1, read=2)), OPEN, PING, text("a"), text("b")],
-        Usage(5, 2, 2, source="counted"),
+        Usage(5, 2, 2, output_source="counted"),
     ),
     "without a first event the input is estimated": (
         [text("a"), end(anthropic(output=2)), STOP],
-        Usage(ESTIMATE, 2, source="counted"),
+        Usage(ESTIMATE, 2, input_source="counted"),
     ),
     "without a report only events with text are counted": (
         [begin(None), OPEN, PING, text("a"), text("b"), text("c"), named("content_block_stop"), end(None), STOP],
-        Usage(ESTIMATE, 3, source="counted"),
+        counted(3),
     ),
     "words are no numbers": (
         [begin({"input_tokens": "3"}), text("a"), end({"output_tokens": "2"}), STOP],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "less than nothing is nothing": ([begin(anthropic(-3, 1, -1, -1)), end(anthropic(output=-2))], Usage(0, 0)),
     "more than is credible is cut": (
@@ -431,7 +467,14 @@ def test_what_a_stream_of_messages_used(chunks: list[bytes], expected: Usage, da
 def test_the_beginning_of_a_long_stream_is_kept(data: Any, words: list[int]) -> None:
     said = begin(anthropic(3, 1, read=2)) + OPEN + b"".join(text("x" * length) for length in words)
     assert used(pieces(said + end(anthropic(output=9)) + STOP, data), "messages") == Usage(5, 9, 2)
-    assert used(pieces(said, data), "messages") == Usage(5, len(words), 2, source="counted")
+    assert used(pieces(said, data), "messages") == Usage(5, len(words), 2, output_source="counted")
+
+
+@pytest.mark.parametrize("words", [1, 3, 2000])
+@pytest.mark.parametrize("end_of_line", [b"\n", b"\r\n"])
+def test_events_with_names_are_counted_however_their_lines_end(words: int, end_of_line: bytes) -> None:
+    said = begin(anthropic(3, 1)) + OPEN + text("x") * words
+    assert used([said.replace(b"\n", end_of_line)], "messages") == Usage(3, words, output_source="counted")
 
 
 def test_a_whole_message_used() -> None:
@@ -485,27 +528,27 @@ RESPONSES: dict[str, tuple[list[bytes], Usage]] = {
     ),
     "a stream that is cut is counted by its words": (
         [CREATED, named("response.output_item.added"), delta("a"), delta("b"), named("response.output_text.done")],
-        Usage(ESTIMATE, 2, source="counted"),
+        counted(2),
     ),
     "and so is one that failed": (
         [CREATED, delta("a"), named("response.failed", response=response(None))],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "calls of functions are words": (
         [CREATED, named("response.function_call_arguments.delta", delta="{")],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "a usage beside the response is another one": (
         [CREATED, delta("a"), named("x", usage=newer(9, 9)), named("y", response={"x": {"usage": newer(9, 9)}})],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "and so is one of an item": (
         [CREATED, delta("a"), named("z", item={"usage": newer(9, 9)})],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
     "wherever that stands": (
         [event(type="z", item={"usage": newer(9, 9)}) + delta("a")],
-        Usage(ESTIMATE, 1, source="counted"),
+        counted(1),
     ),
 }
 
@@ -535,8 +578,8 @@ COHERE = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1, "
         ("embeddings", {"data": DATA, "usage": {"total_tokens": 3}}, Usage(3, 0)),
         ("embeddings", {"data": DATA, "usage": {**report(3, 9), "total_tokens": 12}}, Usage(3, 0)),
         ("embeddings", {"model": "m", "usage": {"prompt_tokens": 3, "total_tokens": 3}, "data": DATA}, Usage(3, 0)),
-        ("embeddings", {"data": DATA, "usage": report(0, 0)}, Usage(ESTIMATE, 0, source="counted")),
-        ("embeddings", {"data": DATA}, Usage(ESTIMATE, 0, source="counted")),
+        ("embeddings", {"data": DATA, "usage": report(0, 0)}, counted(0)),
+        ("embeddings", {"data": DATA}, counted(0)),
         ("rerank", {"results": DATA, "usage": {"total_tokens": 3}}, Usage(3, 0)),
         ("rerank", {"id": "r", "usage": {"prompt_tokens": 3, "total_tokens": 3}, "results": DATA}, Usage(3, 0)),
         ("rerank", {"results": DATA, "meta": COHERE}, Usage(5, 0)),
@@ -549,18 +592,18 @@ COHERE = {"api_version": {"version": "2"}, "billed_units": {"search_units": 1, "
         (
             "rerank",
             {"results": DATA, "meta": {"billed_units": {"search_units": 1}}},
-            Usage(ESTIMATE, 0, source="counted"),
+            counted(0),
         ),
         ("images/generations", {"data": DATA, "usage": {"input_tokens": 3, "output_tokens": 272}}, Usage(3, 272)),
-        ("images/generations", {"data": [{"b64_json": "x" * 2**22}]}, Usage(ESTIMATE, 0, source="counted")),
+        ("images/generations", {"data": [{"b64_json": "x" * 2**22}]}, counted(0)),
         ("images/edits", {"data": [{"b64_json": "x" * 2**22}], "usage": newer(3, 2)}, Usage(3, 2)),
         ("audio/transcriptions", {"text": "a", "usage": {"type": "tokens", **newer(3, 2)}}, Usage(3, 2)),
         (
             "audio/transcriptions",
             {"text": "a", "usage": {"type": "duration", "seconds": 9}},
-            Usage(77, 0, 0, "counted"),
+            counted(0),
         ),
-        ("audio/translations", {"text": "a" * 9000}, Usage(ESTIMATE, 0, source="counted")),
+        ("audio/translations", {"text": "a" * 9000}, counted(0)),
     ],
 )
 def test_what_answers_without_text_used(endpoint: str, answer: Any, expected: Usage) -> None:
@@ -570,7 +613,7 @@ def test_what_answers_without_text_used(endpoint: str, answer: Any, expected: Us
 
 
 def test_a_text_that_is_no_json_has_no_tokens_there() -> None:
-    assert used([b"one two three"], "audio/transcriptions", stream=False) == Usage(ESTIMATE, 0, source="counted")
+    assert used([b"one two three"], "audio/transcriptions", stream=False) == counted(0)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +627,7 @@ def test_a_text_that_is_no_json_has_no_tokens_there() -> None:
         (
             "audio/transcriptions",
             [event(type="transcript.text.delta", delta="a")],
-            Usage(ESTIMATE, 0, source="counted"),
+            counted(0),
         ),
         (
             "images/generations",
@@ -610,7 +653,7 @@ def test_what_a_caller_sent_of_usage_is_not_believed(where: str, padding: int) -
     ):
         whole = json.dumps(answer).encode()
         chunks = [whole[at : at + 1000] for at in range(0, len(whole), 1000)]
-        assert used(chunks, "rerank", stream=False) == Usage(ESTIMATE, 0, source="counted")
+        assert used(chunks, "rerank", stream=False) == counted(0)
 
 
 def test_more_is_not_counted_than_could_be_produced() -> None:
@@ -618,8 +661,8 @@ def test_more_is_not_counted_than_could_be_produced() -> None:
     usage = {"usage": report(3, 2), "prompt_logprobs": [{"17": {"logprob": -0.5, "rank": 1}}] * 5000}
     answer = json.dumps({"choices": [{"text": "a"}], **usage}).encode()
     chunks = [answer[at : at + 1000] for at in range(0, len(answer), 1000)]
-    assert used(chunks, stream=False, bound=16) == Usage(ESTIMATE, 16, source="counted")
-    assert used([word("a")] * 20, bound=16) == Usage(ESTIMATE, 20, source="counted")  # events are there
+    assert used(chunks, stream=False, bound=16) == counted(16)
+    assert used([word("a")] * 20, bound=16) == counted(20)  # events are there
     assert used([word("a"), event(usage=report(3, 20))], bound=16) == Usage(3, 20)
 
 
@@ -633,28 +676,56 @@ def test_a_route_is_metered_by_request(stream: bool) -> None:
 # — what it costs
 
 
-def model(input_price: int, cached: int, output: int) -> Model:
-    """Prices are micro-dollars per million tokens."""
-    return Model("m", "m", None, "demo", "fireworks", "m", 16, input_price, cached, output)
+USUAL = Price(200_000, 100_000, 900_000, 700_000)
 
 
 @pytest.mark.parametrize(
-    ("usage", "prices", "expected"),
+    ("usage", "price", "expected"),
     [
-        (Usage(1_000_000, 0), (200_000, 100_000, 900_000), 200_000),
-        (Usage(0, 1_000_000), (200_000, 100_000, 900_000), 900_000),
-        (Usage(1_000_000, 0, 1_000_000), (200_000, 100_000, 900_000), 100_000),
-        (Usage(10, 5, 4), (200_000, 100_000, 900_000), 6),  # 1.2 + 0.4 + 4.5 = 6.1
-        (Usage(0, 5), (0, 0, 100_000), 1),  # half a micro-dollar is one
-        (Usage(0, 4), (0, 0, 100_000), 0),
-        (Usage(1, 1), (400_000, 0, 400_000), 1),  # rounded once, not twice
-        (Usage(10**9, 10**9), (10**10, 10**10, 10**10), 2 * 10**13),
-        (NOTHING, (200_000, 100_000, 900_000), 0),
+        (Usage(1_000_000, 0), USUAL, 200_000),
+        (Usage(0, 1_000_000), USUAL, 900_000),
+        (Usage(1_000_000, 0, 1_000_000), USUAL, 100_000),
+        (Usage(0, 1_000_000, 0, 1_000_000), USUAL, 700_000),
+        (Usage(10, 5, 4), USUAL, 6),  # 1.2 + 0.4 + 4.5 = 6.1
+        (Usage(0, 5), Price(output=100_000), 1),  # half a micro-dollar is one
+        (Usage(0, 4), Price(output=100_000), 0),
+        (Usage(1, 1), Price(400_000, output=400_000), 1),  # rounded once, not twice
+        (Usage(10**9, 10**9), Price(10**10, 10**10, 10**10, 10**10), 2 * 10**13),
+        (NOTHING, USUAL, 0),
     ],
 )
-def test_a_cost_is_rounded_once_to_the_micro_dollar(usage: Usage, prices: tuple[int, int, int], expected: int) -> None:
-    assert usage.cost(model(*prices)) == expected
+def test_a_cost_is_rounded_once_to_the_micro_dollar(usage: Usage, price: Price, expected: int) -> None:
+    assert usage.cost(price) == expected
+
+
+TOKENS = st.integers(0, 10**9)
+PRICES = st.builds(Price, *[st.integers(0, 10**10)] * 4)
+
+
+@given(input_=TOKENS, output=TOKENS, cached=st.floats(0, 1), reasoning=st.floats(0, 1), price=PRICES)
+def test_a_cost_is_the_nearest_micro_dollar_of_the_exact_sum(
+    input_: int, output: int, cached: float, reasoning: float, price: Price
+) -> None:
+    usage = Usage(input_, output, int(input_ * cached), int(output * reasoning))
+    dearer = ((usage.cached, price.cached_input - price.input), (usage.reasoning, price.reasoning - price.output))
+    whole = ((input_, price.input), (output, price.output), *dearer)
+    exact = sum(Fraction(tokens * each, 1_000_000) for tokens, each in whole)
+    assert usage.cost(price) == floor(exact + Fraction(1, 2))
 
 
 def test_a_total_is_input_and_output() -> None:
-    assert Usage(3, 2, 1).total == 5
+    assert Usage(3, 2, 1, 1).total == 5
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (Usage(3, 2), ("upstream", True)),
+        (Usage(3, 2, input_source="counted"), ("counted", True)),
+        (Usage(3, 2, output_source="counted"), ("counted", True)),
+        (counted(2), ("counted", True)),
+        (NOTHING, ("none", False)),
+    ],
+)
+def test_one_word_says_where_both_numbers_came_from(usage: Usage, expected: tuple[str, bool]) -> None:
+    assert (usage.source, usage.answered) == expected

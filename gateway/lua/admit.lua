@@ -4,7 +4,7 @@
 -- before an error stays. Requests of one batch see one another's reservations, and a count that several of them share
 -- is read once and written once.
 --
--- KEYS, for each request: its reservation, then the count of each limit.
+-- KEYS, for each request: its reservation, the live requests of its organisation, then the count of each limit.
 -- ARGV: the requests in MessagePack, seat lease ms, reservation ms. A request is {id ('': it only looks), intent,
 --   limits}, a limit is {kind, amount, capacity, flags, then}
 --   rate 'r':    units per period, period us
@@ -12,18 +12,19 @@
 --   rolling 'w': stretch us, thresholds
 --   seats 's':   nothing
 --   Flags: 1 what is taken is held until it is settled; 2 the limit is in shadow.
+-- What is admitted is written down before it is served: the reservation is '<now us> <intent>\n<progress>', and the
+-- request lives, with a lease as long as a seat's, until it is settled or swept.
 -- Returns, for each request: verdict, binding limit, wait us, soonest us; then for each limit: remaining, reset us,
 --   window, held, flags.
 --   verdict 1 admitted, 0 refused (binding: the limit that is the last to open even if all that is held comes back,
 --   and of several the one with the longest wait; one that waits for a seat has none, both are of it),
---   2 admitted before under the same id, 3 given up before it arrived, 4 binding holds something that is no count,
+--   2 admitted before under the same id, 3 ended before it arrived, 4 binding holds something that is no count,
 --   5 looked: the rest says what would be.
 --   It fits after `wait` if nothing that is held comes back early, after `soonest` if all of it comes back now.
 --   flags: 1 the limit is in shadow and would have refused, nothing was taken of it; the rest (/ 2) is the number of
 --   the highest threshold that this request was the first to reach.
 
 local ADMITTED, REFUSED, REPEATED, GIVEN_UP, FOREIGN, LOOKED = 1, 0, 2, 3, 4, 5
-local GONE = '-' -- the mark of a request that its gateway has given up, see settle.lua
 
 local now_text = format('%.0f', now) -- tostring() keeps 14 digits only
 local requests, seat_lease, reservation_ms = cmsgpack.unpack(ARGV[1]), ARGV[2], ARGV[3]
@@ -185,19 +186,18 @@ function SEATS.write(key, count)
   redis.call('PEXPIRE', key, format('%.0f', seat_lease + 1000))
 end
 
-local counts, changed, reserved, replies, index = {}, {}, {}, {}, 1
+local counts, changed, reserved, living, replies, index = {}, {}, {}, {}, {}, 1
 for number, request in ipairs(requests) do
-  local first, id, limits = index, request[1], request[3]
-  local reservation = KEYS[first]
+  local first, id, limits = index + 1, request[1], request[3]
+  local reservation, live = KEYS[index], KEYS[first]
   local verdict, binding, longest, soonest, flags = ADMITTED, 0, -1, 0, {}
-  local before = id ~= '' and (found[first] or reserved[reservation])
+  local before = id ~= '' and (found[index] or reserved[reservation])
 
   for place, limit in ipairs(limits) do
-    index = first + place
-    local key, kind = KEYS[index], KINDS[limit[1]]
+    local key, kind = KEYS[first + place], KINDS[limit[1]]
     local count = counts[key]
     if count == nil then
-      count = kind.open(key, found[index], limit)
+      count = kind.open(key, found[first + place], limit)
       counts[key] = count
     end
     local wait, least = nil, nil
@@ -214,13 +214,15 @@ for number, request in ipairs(requests) do
       end
     end
   end
-  index = index + 1
+  index = first + #limits + 1
   if before then
-    verdict, binding, longest, soonest = before == GONE and GIVEN_UP or REPEATED, 0, 0, 0
+    verdict, binding, longest, soonest = string.find(before, '^%d') and REPEATED or GIVEN_UP, 0, 0, 0
   elseif id == '' then
     verdict = LOOKED
   elseif verdict == ADMITTED then
-    reserved[reservation] = now_text .. ' ' .. request[2]
+    reserved[reservation] = now_text .. ' ' .. request[2] .. '\n'
+    local leases = living[live] or {}
+    leases[#leases + 1], leases[#leases + 2], living[live] = expiry, id, leases
     for place, limit in ipairs(limits) do
       if flags[place] == 0 then
         local key, kind = KEYS[first + place], KINDS[limit[1]]
@@ -243,4 +245,8 @@ end
 
 for key, limit in pairs(changed) do KINDS[limit[1]].write(key, counts[key], limit) end
 for reservation, intent in pairs(reserved) do redis.call('SET', reservation, intent, 'PX', reservation_ms) end
+for live, leases in pairs(living) do
+  redis.pcall('ZADD', live, unpack(leases)) -- what else stands there is foreign: nothing of it is swept then
+  redis.call('PEXPIRE', live, reservation_ms)
+end
 return replies

@@ -1,28 +1,41 @@
 #!lua
--- Renew seats: a live request keeps its seat for another lease. A seat that lapsed while its worker was paused is taken
--- again, over the limit if need be: the request is running, and what runs is counted.
+-- Renew live requests: their leases and their seats, and what each has used so far. A seat that lapsed while its worker
+-- was paused is taken again, over the limit if need be: the request is running, and what runs is counted.
 --
--- KEYS, for each seat: the sorted set, the reservation of its request. ARGV: lease ms, then the id of each seat.
--- Returns, for each seat: 1 kept, 0 had lapsed and is taken again, -1 the request is settled or given up and needs
--- none, or its key holds something that is no set of seats.
+-- KEYS, for each request: its reservation, the live requests of its organisation, then the sets of its seats.
+-- ARGV: the requests in MessagePack, lease ms, reservation ms. A request is {id, progress, how many seats, intent}; with
+--   an intent, what the store has lost of it is written again, as of a request of which no limit was taken.
+-- Returns, for each request: how many of its seats had lapsed, -1 it is settled or given up, or a sweeper took its worker
+-- for dead, -2 it is not known.
 
-local GONE = '-' -- see settle.lua
+local DEAD = '~' -- see settle.lua
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
-local lease = tonumber(ARGV[1])
-local expiry = string.format('%.0f', now + lease * 1000)
-local replies = {}
-for i = 1, #KEYS / 2 do
-  local seats, reservation, id = KEYS[2 * i - 1], KEYS[2 * i], ARGV[i + 1]
-  local reserved = redis.call('GET', reservation)
-  local before = redis.pcall('ZSCORE', seats, id)
-  if not reserved or reserved == GONE or type(before) == 'table' then
-    replies[i] = -1
+local requests, lease, reservation_ms = cmsgpack.unpack(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local expiry, lasts = string.format('%.0f', now + lease * 1000), string.format('%.0f', lease + 1000)
+local replies, index = {}, 1
+for number, request in ipairs(requests) do
+  local id, progress, seats, intent = unpack(request)
+  local reservation, live = KEYS[index], KEYS[index + 1]
+  local value = redis.pcall('GET', reservation)
+  if not value and intent ~= '' then value = '0 ' .. intent .. '\n' end
+  local known = type(value) == 'string' and string.match(value, '^%d+ [^\n]*\n')
+  if known then
+    redis.call('SET', reservation, known .. progress, 'PX', reservation_ms)
+    redis.pcall('ZADD', live, expiry, id)
+    replies[number] = 0
   else
-    replies[i] = (before and tonumber(before) > now) and 1 or 0
-    redis.call('ZADD', seats, expiry, id)
-    redis.call('PEXPIRE', seats, string.format('%.0f', lease + 1000))
+    replies[number] = value and -1 or -2
   end
+  for place = index + 2, index + 1 + seats do
+    local before = redis.pcall('ZSCORE', KEYS[place], id)
+    if (known or value and string.sub(value, 1, 1) == DEAD) and type(before) ~= 'table' then
+      if known and not (before and tonumber(before) > now) then replies[number] = replies[number] + 1 end
+      redis.call('ZADD', KEYS[place], expiry, id)
+      redis.call('PEXPIRE', KEYS[place], lasts)
+    end
+  end
+  index = index + 2 + seats
 end
 return replies

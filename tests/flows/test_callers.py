@@ -27,7 +27,7 @@ async def test_who_leaves_before_the_first_byte_takes_the_backend_with_him(store
             await asked.wait()
         await asyncio.wait_for(backend.peers[0].gone.wait(), SOON)
         await house.settled()
-    assert [(row["ended"], row["status"], row["output_tokens"]) for row in rows(store_url)] == [("client", 499, 0)]
+    assert [(row["ended"], row["http_status"], row["output_tokens"]) for row in rows(store_url)] == [("client", 499, 0)]
 
 
 async def test_who_leaves_in_the_middle_pays_for_what_was_produced(store_url: str) -> None:
@@ -45,7 +45,7 @@ async def test_who_leaves_in_the_middle_pays_for_what_was_produced(store_url: st
         await asyncio.wait_for(backend.peers[0].gone.wait(), SOON)
         await house.settled()
     (row,) = rows(store_url)
-    assert (row["ended"], row["output_tokens"], row["source"]) == ("client", 7, "counted")
+    assert (row["ended"], row["output_tokens"], row["output_source"]) == ("client", 7, "counted")
 
 
 async def test_a_bad_key_is_refused_before_the_body_is_asked_for(store_url: str) -> None:

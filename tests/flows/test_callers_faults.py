@@ -71,7 +71,12 @@ async def test_c01_who_leaves_before_the_first_byte_ends_the_backends_work_and_p
         leaves(caller)
         await asyncio.wait_for(it.backend.peers[0].gone.wait(), SOON)
         row = await it.row()
-        assert (row["ended"], row["status"], row["output_tokens"], row["source"]) == ("client", 499, 0, "none")
+        assert (row["ended"], row["http_status"], row["output_tokens"], row["output_source"]) == (
+            "client",
+            499,
+            0,
+            "none",
+        )
 
 
 @LEAVING
@@ -87,7 +92,7 @@ async def test_c02_who_leaves_in_the_middle_ends_the_backends_work_and_pays_for_
         await asyncio.wait_for(it.backend.peers[0].gone.wait(), SOON)
         row = await it.row()
         (served,) = it.backend.served
-        assert (row["ended"], row["source"], served.whole) == ("client", "counted", False)
+        assert (row["ended"], row["output_source"], served.whole) == ("client", "counted", False)
         assert seen.count(b"data: ") <= row["output_tokens"] <= served.events
 
 
@@ -318,5 +323,5 @@ async def test_c09_in_a_storm_the_backend_gets_what_it_can_do_and_afterwards_all
         after = await fire(house.url, request, fixed(rate=5, seconds=1))
         assert (after.statuses, after.errors) == ({200: 5}, {})
         await house.settled()
-    complete = [row for row in rows(store_url) if row["source"] == "upstream"]
+    complete = [row for row in rows(store_url) if row["output_source"] == "upstream"]
     assert len(complete) == storm.statuses[200] + 5

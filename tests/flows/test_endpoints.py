@@ -80,7 +80,7 @@ async def test_an_endpoint_passes_its_bytes_both_ways_and_writes_its_usage_down(
     assert (got.status_code, got.content) == (200, reply.partition(b"\r\n\r\n")[2])
     assert (asked.line, asked.body) == (f"POST /v1/{endpoint}?beta=true HTTP/1.1".encode(), body)
     (row,) = rows(store_url)
-    assert (row["endpoint"], row["source"]) == (endpoint, "upstream")
+    assert (row["endpoint"], row["output_source"]) == (endpoint, "upstream")
     assert (row["input_tokens"], row["cached_tokens"], row["output_tokens"]) == expected
 
 
@@ -137,7 +137,10 @@ async def test_a_stream_that_is_cut_says_so_in_its_own_dialect(
     assert b"\r\n0\r\n\r\n" not in seen
     assert b"event: error\r\n" in seen or b"event: error\n" in seen
     (row,) = rows(store_url)
-    assert (row["ended"], row["source"]) == ("upstream", "counted" if endpoint == "responses" else row["source"])
+    assert (row["ended"], row["output_source"]) == (
+        "upstream",
+        "counted" if endpoint == "responses" else row["output_source"],
+    )
 
 
 # — errors in the caller's dialect

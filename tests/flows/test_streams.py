@@ -62,7 +62,7 @@ async def test_the_event_that_the_caller_did_not_ask_for_is_taken_out_and_billed
         async with gateway(store_url, pool(backend, usage="inject")) as house:
             assert await streamed(house) == b"".join((*WORDS, DONE))
             await house.settled()
-    assert [(row["output_tokens"], row["source"]) for row in rows(store_url)] == [(2, "upstream")]
+    assert [(row["output_tokens"], row["output_source"]) for row in rows(store_url)] == [(2, "upstream")]
 
 
 async def test_the_event_that_he_asked_for_stays_and_his_other_options_too(store_url: str) -> None:
@@ -127,7 +127,8 @@ async def test_a_stream_that_fails_between_two_events_says_so_and_is_cut(
     assert (event["id"], event["created"], event["model"]) == ("c1", 7, "m")
     assert event["choices"][0]["finish_reason"] == "error"
     assert (event["error"]["code"], event["error"]["type"]) == (code, "server_error")
-    assert [(row["ended"], row["output_tokens"]) for row in rows(store_url)] == [("upstream", 1)]
+    ended = "timeout" if code.endswith("timeout") else "upstream"
+    assert [(row["ended"], row["output_tokens"]) for row in rows(store_url)] == [(ended, 1)]
 
 
 async def test_a_stream_that_fails_within_an_event_is_cut_there(store_url: str) -> None:
@@ -176,7 +177,7 @@ async def test_events_that_come_one_by_one_leave_one_by_one_and_are_billed(store
                 assert await caller.reader.readuntil(END) == chunk(DONE) + END
             await house.settled()
     (row,) = rows(store_url)
-    assert (row["output_tokens"], row["source"]) == (len(events), "counted")
+    assert (row["output_tokens"], row["output_source"]) == (len(events), "counted")
     assert row["bytes_out"] == sum(map(len, events)) + len(DONE)
 
 
@@ -241,7 +242,7 @@ async def test_a_stream_that_does_not_begin_is_kept_alive_by_comments_where_the_
                 rest = await caller.reader.readuntil(END)
             assert rest.replace(comment, b"") == chunk(WORDS[0] + DONE) + END
             await house.settled()
-    assert [(row["ended"], row["status"]) for row in rows(store_url)] == [("complete", 200)]
+    assert [(row["ended"], row["http_status"]) for row in rows(store_url)] == [("complete", 200)]
 
 
 REFUSALS: dict[str, tuple[tuple[Step, ...], str]] = {

@@ -295,7 +295,7 @@ async def test_8_no_answer_no_charge(store_url: str) -> None:
         async with house.client(key) as client:
             counts = (await client.get("/v1/limits")).json()["data"]
         assert [(count["used"], count["reserved"]) for count in counts] == [(0, 0)] * 3
-        assert [(row["output_tokens"], row["source"], row["ended"]) for row in rows(store_url)] == [
+        assert [(row["output_tokens"], row["output_source"], row["ended"]) for row in rows(store_url)] == [
             (0, "none", "upstream")
         ]
 

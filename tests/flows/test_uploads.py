@@ -463,7 +463,7 @@ async def test_an_answer_that_is_cut_while_it_is_renamed_is_an_error_and_not_hal
         await at_rest(house)
         (row,) = rows(store_url)
     assert head.startswith(b"HTTP/1.1 502 ")
-    assert (row["status"], row["ended"], row["source"], row["input_tokens"]) == (502, "upstream", "none", 0)
+    assert (row["http_status"], row["ended"], row["output_source"], row["input_tokens"]) == (502, "upstream", "none", 0)
 
 
 async def test_an_answer_that_is_too_long_to_be_renamed_passes_as_it_is(
@@ -534,7 +534,7 @@ async def test_an_error_that_does_not_end_is_waited_for_as_long_as_an_answer(sto
                 got = await client.post("/v1/chat/completions", json=body)
             await at_rest(house)
             (row,) = rows(store_url)
-    assert (got.status_code, row["status"]) == (504, 504)
+    assert (got.status_code, row["http_status"]) == (504, 504)
 
 
 # — comments

@@ -102,7 +102,8 @@ async def fails(store_url: str, fault: str, status: int, code: str) -> None:
     async with case(store_url, *NO_ANSWER[fault]) as it:
         assert error(await it.ask()) == (status, code)
         row = await it.row()
-        assert (row["ended"], row["status"], row["output_tokens"], row["source"]) == ("upstream", status, 0, "none")
+        assert (row["ended"], row["http_status"]) == ("timeout" if status == 504 else "upstream", status)
+        assert (row["output_tokens"], row["output_source"]) == (0, "none")
 
 
 def closed_port() -> str:
@@ -119,7 +120,7 @@ async def test_u01_who_is_not_there_is_a_502(store_url: str, url: str) -> None:
         answer = await client.post("/v1/completions", content=BODY)
         assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_connect_failed")
         await house.settled()
-    assert [(row["ended"], row["source"]) for row in rows(store_url)] == [("upstream", "none")]
+    assert [(row["ended"], row["output_source"]) for row in rows(store_url)] == [("upstream", "none")]
 
 
 async def test_u01_who_refuses_is_passed_over_and_then_left_alone(store_url: str) -> None:
@@ -220,6 +221,7 @@ CODES = {
     "by silence": "upstream_idle_timeout",
     "by garbage for a chunk": "upstream_protocol_error",
 }
+ENDED = {how: "timeout" if code.endswith("timeout") else "upstream" for how, code in CODES.items()}
 
 
 @pytest.mark.parametrize("how", CUTS)
@@ -236,7 +238,7 @@ async def test_u05_u06_an_event_stream_that_fails_says_so_and_is_cut(store_url: 
         assert event["choices"][0]["finish_reason"] == "error"
         assert (event["error"]["type"], event["error"]["code"]) == ("server_error", CODES[how])
         row = await it.row()
-        assert (row["ended"], row["output_tokens"], row["source"]) == ("upstream", 2, "counted")
+        assert (row["ended"], row["output_tokens"], row["output_source"]) == (ENDED[how], 2, "counted")
 
 
 @pytest.mark.parametrize("how", CUTS)
@@ -246,7 +248,7 @@ async def test_u05_u06_inside_an_event_nothing_is_said_and_the_line_is_cut(store
     async with case(store_url, Peer.request, EVENTS, chunk(half), seen, *CUTS[how]) as it:
         answer = await cut(it, half, seen)
         assert (answer.body, answer.whole) == (half, False)
-        assert (await it.row())["ended"] == "upstream"
+        assert (await it.row())["ended"] == ENDED[how]
 
 
 async def test_u06_a_failure_after_done_says_nothing_inside_an_event(store_url: str) -> None:
@@ -287,7 +289,7 @@ async def test_u07_a_stream_without_usage_and_done_is_relayed_and_metered_by_its
         answer = await it.ask(STREAM)
         assert (answer.status, answer.body, answer.whole) == (200, token() * 2, True)
         row = await it.row()
-        assert (row["output_tokens"], row["source"]) == (2, "counted")
+        assert (row["output_tokens"], row["output_source"]) == (2, "counted")
 
 
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
@@ -309,7 +311,7 @@ async def test_u07_of_any_other_nobody_knows_whether_it_is_whole_and_it_is_told_
         assert answer.body.startswith(token() * 2)
         assert b"upstream_disconnected" in answer.body
         row = await it.row()
-        assert (row["ended"], row["output_tokens"], row["source"]) == ("upstream", 2, "counted")
+        assert (row["ended"], row["output_tokens"], row["output_source"]) == ("upstream", 2, "counted")
 
 
 async def test_u11_a_length_that_is_too_long_never_looks_complete(store_url: str) -> None:
@@ -380,7 +382,7 @@ async def test_u14_a_backends_error_is_relayed_and_not_charged(store_url: str, s
         row = await it.row()
         assert (row["input_tokens"], row["output_tokens"], row["cost_microusd"]) == (0, 0, 0)
         # A refusal of the caller's fault is a request; what a backend was not able to do is not.
-        assert row["source"] == ("upstream" if status == b"400 Bad" else "none")
+        assert row["output_source"] == ("upstream" if status == b"400 Bad" else "none")
 
 
 @pytest.mark.parametrize(
@@ -470,7 +472,7 @@ async def test_u18_a_redirect_is_not_followed_and_not_relayed(store_url: str, st
             assert answer.status == 502
             assert internal.url.encode() not in answer.body
             assert b"location" not in answer.headers
-            assert (await it.row())["source"] == "none"
+            assert (await it.row())["output_source"] == "none"
         assert internal.requests == []
 
 

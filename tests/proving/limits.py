@@ -16,12 +16,15 @@ import redis
 from gateway.admission import Admission
 from gateway.errors import Dialect
 from gateway.exchange import new_id
+from gateway.intents import Charges, Intent
 from gateway.language import Count
+from gateway.records import Price, UsageRecord
 from gateway.settlements import Reached
 from gateway.snapshot import STRETCHES, Limit
+from gateway.spool import Spool
 from gateway.store import Store
 from gateway.terms import Charge, Terms
-from gateway.usage import UsageRecord
+from gateway.usage import Progress
 
 PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
@@ -82,6 +85,26 @@ class Request:
         assert not self.ended
         self.ended = True
 
+    def intent(self, charges: Charges) -> Intent:
+        terms = self.terms
+        return Intent(
+            team=terms.team,
+            key=terms.key_id,
+            user=terms.user,
+            model="m",
+            pool=terms.pool,
+            endpoint="completions",
+            stream=False,
+            price=Price(),
+            received_ms=received(self.id),
+            bytes_in=0,
+            input_estimate=2,
+            charges=charges,
+        )
+
+    def progress(self) -> Progress | None:
+        return None
+
     def used(self, limit: Limit) -> int:
         return 0 if limit.kind == "seats" else self.use.get(limit.name, 1)
 
@@ -89,37 +112,53 @@ class Request:
         terms = self.terms
         return UsageRecord(
             id=self.id,
+            status="settled",
             organisation=terms.organisation,
             team=terms.team,
             key=terms.key_id,
             user=terms.user,
             model="m",
+            served_model="m",
             pool=terms.pool,
             upstream="u",
             endpoint="completions",
-            status=200,
-            ended="complete",
             stream=False,
+            http_status=200,
+            ended="complete",
+            attempt=1,
+            requests=1,
             input_tokens=3,
             cached_tokens=0,
             output_tokens=4,
-            source="upstream",
+            reasoning_tokens=0,
+            input_source="upstream",
+            output_source="upstream",
+            price=Price(),
             cost_microusd=5,
-            received_ms=1,
-            first_byte_ms=2,
-            duration_ms=3,
-            attempts=1,
+            received_ms=received(self.id),
+            first_byte_ms=None,
+            ended_ms=received(self.id) + 4,
+            bytes_in=0,
             bytes_out=4,
         )
 
 
 @asynccontextmanager
 async def gateways(
-    url: str, count: int = 1, *, deadline: float = 5.0, reached: Reached = lambda *_: None
+    url: str,
+    count: int = 1,
+    *,
+    deadline: float = 5.0,
+    reached: Reached = lambda *_: None,
+    most: int = 1 << 24,
+    folder: Path | None = None,
 ) -> AsyncIterator[list[Admission]]:
-    """So many gateways' admissions on one store, each with connections of its own, each keeping up."""
+    """So many gateways' admissions on one store, each with connections of its own, each keeping up; their spools of
+    `most` bytes in a folder of their own, or in this one."""
     stores = [Store(url, deadline=deadline) for _ in range(count)]
-    admissions = [Admission(store, reached) for store in stores]
+    own = tempfile.TemporaryDirectory(prefix="gw-")
+    spools = [Spool(folder or Path(own.name), most=most) for _ in stores]
+    admissions = [Admission(store, spool, reached) for store, spool in zip(stores, spools, strict=True)]
     tasks = [asyncio.ensure_future(admission.keep_up()) for admission in admissions]
     try:
         await until(lambda: all(admission._told[0] for admission in admissions))
@@ -130,6 +169,14 @@ async def gateways(
         await asyncio.gather(*tasks, return_exceptions=True)
         for store in stores:
             await store.aclose()
+        for spool in spools:
+            await spool.aclose()
+        own.cleanup()
+
+
+def received(request_id: str) -> int:
+    """When a request came, by its id, in ms since 1970."""
+    return int(request_id[4:16], 16)
 
 
 Everything = dict[bytes, tuple[bytes, int]]
@@ -155,7 +202,8 @@ async def until(condition: Any, patience: float = 20.0) -> None:
 
 class Wire:
     """A wire to a store. `deaf`: what the store answers is lost; `held`: what it is asked waits; `cuts`: the next
-    that it is asked is answered by a lost connection (not INFO: a gateway asks that when it pleases, and may go without).
+    that it is asked is answered by a lost connection (not INFO: a gateway asks that when it pleases, and may go on
+    without).
     """
 
     def __init__(self, target: str) -> None:

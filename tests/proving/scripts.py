@@ -13,8 +13,9 @@ from zoneinfo import ZoneInfo
 import msgspec
 import redis
 
-from gateway.admission import ledger_stream
 from gateway.language import Count
+from gateway.records import ledger_stream
+from gateway.settlements import live_key, reservation_key
 from gateway.snapshot import Limit, windows_around
 from gateway.store import Script
 from tests.proving.limits import everything, key_of
@@ -22,9 +23,11 @@ from tests.proving.limits import everything, key_of
 EPOCH = 1_772_000_000  # s: a Wednesday in February 2026
 US = 1_000_000
 SEAT_LEASE = 15 * US
+GROWTH = (1, 2, 0, 4, 0, 5)  # of the sums by a row, in the order of COUNTERS
 
 ADMITTED, REFUSED, REPEATED, GIVEN_UP, FOREIGN, LOOKED = 1, 0, 2, 3, 4, 5
-SETTLED, ABSENT, UNWRITTEN = 1, 0, -1
+SETTLED, ABSENT, UNWRITTEN, INTERRUPTED = 1, 0, -1, 2
+LIVE = live_key("acme")
 
 NOMINAL = {"hour": 3600, "day": 86_400, "week": 604_800, "month": 2_629_746}
 
@@ -35,13 +38,7 @@ def rolling(amount: int, stretch: int, *, name: str = "rolling", count: Count = 
 
 
 def reservation(id_: str) -> str:
-    return f"{{acme}}:request:{id_}"
-
-
-def text(name: str) -> str:
-    """A script as the store is given it: counts.lua stands in front of what does not begin by itself."""
-    own = Script(name).text
-    return own if own.startswith("#!") else Script("counts").text + own
+    return reservation_key("acme", id_)
 
 
 class Told(NamedTuple):
@@ -111,7 +108,7 @@ class Scripts:
         keys: list[str] = []
         words = []
         for id_, charges in requests:
-            keys += [reservation(id_), *(key_of(limit) for limit, _ in charges)]
+            keys += [reservation(id_), LIVE, *(key_of(limit) for limit, _ in charges)]
             words.append((id_, "{}", [self._limit(limit, amount, starts) for limit, amount in charges]))
         answers = self.run("admit", keys, msgspec.msgpack.encode(words), SEAT_LEASE // 1000, 86_400_000)
         return [Answer.of(answer) for answer in answers]
@@ -137,25 +134,41 @@ class Scripts:
         assert limit.zone is not None
         return _starts(limit.window, limit.zone.key, self.now // US // 900)
 
-    def settle(self, id_: str, *corrections: Correction, row: str = "", unreserved: bool = False) -> list[int]:
-        return self.settle_all((id_, corrections), row=row, unreserved=unreserved)[0]
+    def settle(self, id_: str, *corrections: Correction, row: str = "", flags: int = 0) -> list[Any]:
+        return self.settle_all((id_, corrections), row=row, flags=flags)[0]
 
-    def settle_all(
-        self, *requests: tuple[str, Sequence[Correction]], row: str = "", unreserved: bool = False
-    ) -> list[list[int]]:
+    def settle_all(self, *requests: tuple[str, Sequence[Correction]], row: str = "", flags: int = 0) -> list[list[Any]]:
         keys: list[str] = []
         words = []
         for id_, corrections in requests:
-            keys += [reservation(id_), ledger_stream("acme"), *(key_of(one.limit) for one in corrections)]
-            counters = (1, 2, 0, 4, 5) if row else ()
-            words.append((id_, row, "f", counters, [_correction(one) for one in corrections], int(unreserved)))
-        answers: list[list[int]] = self.run("settle", keys, msgspec.msgpack.encode(words), 86_400_000)
+            keys += [reservation(id_), LIVE, ledger_stream("acme"), *(key_of(one.limit) for one in corrections)]
+            counters = GROWTH if row else ()
+            words.append((id_, row, "f", counters, [_correction(one) for one in corrections], flags))
+        answers: list[list[Any]] = self.run("settle", keys, msgspec.msgpack.encode(words), 86_400_000, 120_000)
         return answers
 
-    def renew(self, *ids: str, limit: Limit) -> list[int]:
-        keys = [key for id_ in ids for key in (key_of(limit), reservation(id_))]
-        answers: list[int] = self.run("renew", keys, SEAT_LEASE // 1000, *ids)
+    def renew(self, *ids: str, limit: Limit | None = None, progress: str = "", intent: str = "") -> list[int]:
+        seats = [] if limit is None else [key_of(limit)]
+        keys = [key for id_ in ids for key in (reservation(id_), LIVE, *seats)]
+        words = [(id_, progress, len(seats), intent) for id_ in ids]
+        answers: list[int] = self.run("renew", keys, msgspec.msgpack.encode(words), SEAT_LEASE // 1000, 86_400_000)
         return answers
+
+    def sweep(self, most: int = 64) -> dict[str, bytes]:
+        found: list[bytes] = self.run("sweep", [LIVE, reservation("")], most)
+        return {name.decode(): value for name, value in zip(found[0::2], found[1::2], strict=True)}
+
+    def rows(self) -> list[str]:
+        entries: Any = self.client.xrange(ledger_stream("acme"))
+        return [fields[b"row"].decode() for _, fields in entries]
+
+    def sums(self) -> dict[str, list[int]]:
+        """Those of the field `f`, by grain."""
+        found = {}
+        for key in self.client.scan_iter(match="*:usage:*"):
+            packed: Any = self.client.hget(key, "f")
+            found[key.decode().split(":")[-2]] = msgspec.msgpack.decode(packed)
+        return found
 
     def beat(self, worker: str, lease: int = 15_000) -> list[int]:
         answer: list[int] = self.run("beat", ["{gateway}:workers"], worker, lease)
@@ -170,7 +183,7 @@ def _clocked(expiring: bool) -> dict[str, str]:
     """The scripts with a clock that they are given. The server's own ends a count only if it is expiring: it is another
     clock."""
     clock, expiry = "redis.call('TIME')", "format('%.0f', min(ms, LONGEST / 1000))"
-    texts = {name: text(name).replace(clock, "{ARGV[#ARGV - 1], ARGV[#ARGV]}") for name in _NAMES}
+    texts = {name: Script(name).text.replace(clock, "{ARGV[#ARGV - 1], ARGV[#ARGV]}") for name in _NAMES}
     assert all("'TIME'" not in text for text in texts.values())
     if not expiring:
         assert all(expiry in texts[name] for name in ("admit", "settle"))
@@ -178,7 +191,7 @@ def _clocked(expiring: bool) -> dict[str, str]:
     return texts
 
 
-_NAMES = ("admit", "settle", "renew", "beat")
+_NAMES = ("admit", "settle", "renew", "sweep", "beat")
 
 
 @lru_cache(maxsize=1 << 16)

@@ -1,0 +1,166 @@
+"""The commands that carry the ledger elsewhere: real stores, real files, processes that are really ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from gateway.records import dead_letters, ledger_stream
+from tests.proving.commands import Place
+from tests.proving.entries import write
+from tests.proving.house import DOCUMENTS
+from tests.proving.rows import record
+from tests.proving.stores import until
+
+
+class Exports(Place):
+    """A place with one export, and a store that a test fills."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        super().__init__(folder)
+        self.url = url
+        self.client = redis.Redis.from_url(url)
+        self.files = folder / "exported"
+        self.exports({"archive": {"to": "jsonl", "folder": str(self.files)}})
+
+    def exports(self, exports: dict[str, Any]) -> None:
+        pools = {"demo": {"upstreams": [{"url": f"http://127.0.0.1:{self.port}"}]}}
+        self.write({**DOCUMENTS, "pools": pools, "exports": exports})
+
+    def environment(self, **given: str) -> dict[str, str]:
+        return super().environment(**{"GATEWAY_REDIS_URL": self.url, **given})
+
+    def exported(self) -> list[str]:
+        """The ids of the rows in the files, in their order."""
+        files = sorted(file for file in self.files.glob("**/*") if file.is_file()) if self.files.exists() else []
+        lines = [line for file in files for line in file.read_text().splitlines() if line.startswith("{")]
+        return [json.loads(line)["id"] for line in lines]
+
+    def bury(self, entry: str) -> None:
+        """An entry as it is among the dead letters, acknowledged in its group."""
+        ((_, fields),) = self.client.xrange(ledger_stream("acme"), entry, entry)  # type: ignore[misc]
+        given: dict[Any, Any] = {"row": fields[b"row"], "error": "no such column", "entry": entry}  # type: ignore[index]
+        self.client.xadd(dead_letters("acme", "archive"), given)
+
+
+@pytest.fixture
+def place(tmp_path: Path, store_url: str) -> Exports:
+    return Exports(tmp_path, store_url)
+
+
+def test_an_export_once_delivers_what_is_there_and_ends(place: Exports) -> None:
+    write(place.client, [record(number) for number in range(250)])
+    write(place.client, [record(250, organisation="other")])
+    assert [row["lag"] for row in place.json("exports", "list")] == []
+    assert place.run("exports", "list").stdout.split()[6:] == ["archive", "jsonl", "-", "-", "-", "-"]
+
+    done = place.run("export", "archive", "--once")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(place.exported()) == sorted(f"request-{number}" for number in range(251))
+    first, second = place.json("exports", "list")
+    assert (first["export"], first["organisation"], second["organisation"]) == ("archive", "acme", "other")
+    assert [(one["lag"], one["pending"], one["dead"]) for one in (first, second)] == [(0, 0, 0)] * 2
+
+    write(place.client, [record(300)])
+    rows = [line.split() for line in place.run("exports", "list").stdout.splitlines()]
+    assert rows == [
+        ["export", "to", "organisation", "lag", "pending", "dead"],
+        ["archive", "jsonl", "acme", "1", "0", "0"],
+        ["archive", "jsonl", "other", "0", "0", "0"],
+    ]
+    assert place.run("export", "archive", "--once").returncode == 0
+    assert place.exported()[-1] == "request-300"
+    assert len(place.exported()) == 252, "nothing twice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_export_goes_on_until_it_is_ended(place: Exports, number: int) -> None:
+    write(place.client, [record(0)])
+    with place.running("export", "archive") as running:
+        until(lambda: len(place.exported()) == 1)
+        write(place.client, [record(1)])
+        until(lambda: len(place.exported()) == 2)
+        assert running.end(number) == 0
+    assert not any("Traceback" in line for line in running.said)
+    (standing,) = place.json("exports", "list")
+    assert (standing["lag"], standing["pending"]) == (0, 0)
+
+
+def test_two_of_one_export_share_the_work_under_names_of_their_own(place: Exports) -> None:
+    write(place.client, [record(0)])
+    with place.running("export", "archive") as one, place.running("export", "archive") as other:
+
+        def names() -> list[str]:
+            consumers: Any = place.client.xinfo_consumers(ledger_stream("acme"), "archive")
+            return [consumer["name"].decode() for consumer in consumers]
+
+        until(lambda: bool(place.client.exists(ledger_stream("acme"))) and len(names()) == 2)
+        assert {name.rpartition("-")[2] for name in names()} == {"0", "1"}
+        assert (one.end(), other.end()) == (0, 0)
+    assert place.run("export", "archive", "--once").returncode == 0
+    assert len(names()) == 2, "whoever comes next has a name that is free"
+
+
+def test_dead_letters_are_listed_and_revived(place: Exports) -> None:
+    entries = write(place.client, [record(number) for number in range(2)])
+    assert place.run("export", "archive", "--once").returncode == 0
+    place.bury(entries[0])
+    (letter,) = place.json("exports", "dead", "archive")
+    assert (letter["organisation"], letter["entry"], letter["error"]) == ("acme", entries[0], "no such column")
+    assert json.loads(letter["row"])["id"] == "request-0"
+    rows = [line.split() for line in place.run("exports", "dead", "archive").stdout.splitlines()]
+    assert rows == [["organisation", "entry", "error"], ["acme", entries[0], "no", "such", "column"]]
+    assert place.json("exports", "list")[0]["dead"] == 1
+
+    assert place.run("exports", "revive", "archive").stdout == "1 rows are to be delivered by archive again\n"
+    assert place.run("export", "archive", "--once").returncode == 0
+    assert place.exported().count("request-0") == 2
+    assert place.json("exports", "list")[0]["dead"] == 0
+
+
+def test_an_export_is_forgotten_once_it_is_out_of_the_policies(place: Exports) -> None:
+    write(place.client, [record(0), record(1, organisation="other")])
+    assert place.run("export", "archive", "--once").returncode == 0
+    refused = place.run("exports", "forget", "archive")
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        'gateway: "archive" is in policies/, expected an export that is not there any more\n',
+    )
+    place.exports({})
+    assert "not in the policies" in place.run("exports", "list").stdout
+    assert place.run("exports", "forget", "archive").stdout == "export archive is forgotten in 2 ledgers\n"
+    assert place.json("exports", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["export", "archiv"], '"archiv" is no export of policies/, expected one of archive'),
+        (["exports", "forget", "archiv"], '"archiv" has delivered nothing yet, expected one of (none)'),
+        (["exports", "dead", "archiv"], '"archiv" has delivered nothing yet, expected one of (none)'),
+        (["exports", "revive", "archiv"], '"archiv" has delivered nothing yet, expected one of (none)'),
+    ],
+)
+def test_an_export_that_is_not_there_is_told(place: Exports, words: list[str], told: str) -> None:
+    done = place.run(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"gateway: {told}\n")
+
+
+def test_what_an_export_lacks_is_told(place: Exports) -> None:
+    events = {"to": "cloudevents", "url": "https://127.0.0.1:1/", "token_env": "NO_SUCH_TOKEN"}
+    place.exports({"billing": events})
+    done = place.run("export", "billing")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("gateway: export billing: ")
+    assert "NO_SUCH_TOKEN" in done.stderr
+
+
+def test_a_store_that_is_not_there_is_told(place: Exports) -> None:
+    done = place.run("exports", "list", GATEWAY_REDIS_URL="unix:///nowhere/at/all")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "gateway: the store of keys and limits has no socket there\n"
