@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench bench-limits prove-streams prove-contract prove-limits docs lock clean
+.PHONY: help run install test check format bench bench-limits bench-reports prove-streams prove-contract prove-ledger prove-limits docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ prove-streams: $(VENV)/.dev ## 10,000 random streams byte for byte, 10,000 cut o
 
 prove-contract: $(VENV)/.dev ## the whole API by schemathesis: 500 examples of each operation, good and bad
 	CONTRACT_EXAMPLES=500 $(BIN)/python -m pytest tests/test_openapi.py -k reaches --timeout 3600 $(ARGS)
+
+prove-ledger: $(VENV)/.dev ## kill -9 of workers, Valkey and exporters: 1,000 kills, 100,000 requests, every token written down once
+	$(BIN)/python -m tests.proving.ledger --requests 100000 --kills 1000 --appendfsync both $(ARGS)
+
+bench-reports: $(VENV)/.dev ## a year of 1,000 teams and 20 models, added up
+	$(BIN)/python -m tests.bench.reports $(ARGS)
 
 prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 workers, the scenes of the README, the exact model
 	$(BIN)/python -m tests.proving.race --seeds 20
