@@ -20,7 +20,7 @@ import msgspec
 import redis.exceptions
 import structlog
 
-from gateway.counts import UNKNOWN_WINDOW, Words, corrected, running_window, taken
+from gateway.counts import UNKNOWN_WINDOW, corrected, running_window, taken
 from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
 from gateway.intents import Charges, Intent
 from gateway.records import ORGANISATIONS, UsageRecord
@@ -231,7 +231,8 @@ class Admission:
         del self._live[lease.id]
         used = [0 if standing.over else lease.request.used(standing.charge.limit) for standing in lease.standings]
         now = time.monotonic()
-        end, cancelled = _settlement(lease, used), False
+        forgotten = lease.since < self._store.since  # it was away since, and may have forgotten what it admitted
+        end, cancelled = _settlement(lease, used, forgotten), False
         if lease.degraded:
             self._shares.settle(lease.id, lease.terms.charges, used, now)
             self.settlements.later(end)
@@ -386,19 +387,24 @@ def _progress(lease: Lease) -> str:
     return "" if progress is None else msgspec.json.encode(progress).decode()
 
 
-def _settlement(lease: Lease, used: Sequence[int]) -> End:
-    """What ends a lease: its row, what the sums grow by, and what becomes of every charge."""
-    charges: list[tuple[Charge, int]] = []
-    words: list[tuple[str, Words]] = []
+def _settlement(lease: Lease, used: Sequence[int], forgotten: bool) -> End:
+    """What ends a lease, which the store may have forgotten: its row, what the sums grow by, and what becomes of every
+    charge."""
+    needed: list[tuple[Charge, int, int]] = []
+    as_taken: list[tuple[Charge, int, int]] = []
     for standing, amount in zip(lease.standings, used, strict=True):
-        charge, window = standing.charge, standing.window
-        if lease.degraded:
-            window = running_window(charge.limit)
-        elif amount == charge.amount and not charge.limit.holds:
-            continue  # as it was taken
+        charge = standing.charge
+        window = running_window(charge.limit) if lease.degraded else standing.window
         if not standing.over:
-            charges.append((charge, window))
-            words.append((charge.key, corrected(charge, amount, window)))
-    flags = UNRESERVED if lease.degraded else 0
-    record = lease.request.record()
-    return end_of(lease.id, lease.terms.organisation, record, words, charges=charges, flags=flags)
+            idle = amount == charge.amount and not charge.limit.holds and not lease.degraded and not forgotten
+            (as_taken if idle else needed).append((charge, amount, window))
+    corrections = [*needed, *as_taken]
+    return end_of(
+        lease.id,
+        lease.terms.organisation,
+        lease.request.record(),
+        [(charge.key, corrected(charge, amount, window)) for charge, amount, window in corrections],
+        charges=[(charge, window) for charge, _, window in corrections],
+        flags=UNRESERVED if lease.degraded else 0,
+        needed=len(needed),
+    )

@@ -58,6 +58,16 @@ class End(NamedTuple):
     organisation: str
     charges: list[tuple[Charge, int]]
     counts: Sequence[Count]
+    needed: int  # corrections, the first ones; those after them matter only where the store has forgotten the request
+
+    @property
+    def short(self) -> Item:
+        """What the script is told where the store knows the request, as it nearly always does."""
+        keys, (*most, corrections, flags) = self.item
+        assert isinstance(corrections, list)
+        if self.needed == len(corrections):
+            return self.item
+        return keys[: len(keys) - len(corrections) + self.needed], (*most, corrections[: self.needed], flags)
 
     @property
     def row(self) -> str:
@@ -84,8 +94,9 @@ def end_of(
     *,
     charges: list[tuple[Charge, int]] | None = None,
     flags: int = 0,
+    needed: int | None = None,
 ) -> End:
-    """The end of a request with its row, or of one that is given up."""
+    """The end of a request with its row, or of one that is given up; so many of its corrections are needed, or all."""
     keys = [reservation_key(organisation, request_id), live_key(organisation), ledger_stream(organisation)]
     words = []
     for key, told in corrections:
@@ -98,7 +109,8 @@ def end_of(
         counters = _counters(record)
     charges = charges or []
     counts = [charge.limit.count for charge, _ in charges]
-    return End(request_id, (keys, (request_id, row, field, counters, words, flags)), organisation, charges, counts)
+    item = (keys, (request_id, row, field, counters, words, flags))
+    return End(request_id, item, organisation, charges, counts, len(words) if needed is None else needed)
 
 
 def _counters(record: UsageRecord) -> Words:
@@ -187,7 +199,7 @@ class Settlements:
         if kept is None:
             kept = self._pending[end.id] = _Kept(end)
         kept.sent = time.time()
-        answer: asyncio.Future[list[Any]] = self._settle(end.item)
+        answer: asyncio.Future[list[Any]] = self._settle(end.item if again else end.short)
         answer.add_done_callback(partial(self._answered, kept, again))
         return answer
 
@@ -433,7 +445,7 @@ class _Ended(msgspec.Struct, array_like=True, tag="end"):
         """Raises msgspec.DecodeError."""
         if row := self.words[1]:
             msgspec.json.decode(row, type=UsageRecord)
-        return End(self.id, (self.keys, self.words), self.organisation, [], self.counts)
+        return End(self.id, (self.keys, self.words), self.organisation, [], self.counts, len(self.counts))
 
 
 _encode: Callable[[_Begun | _Progressed | _Ended], bytes] = msgspec.msgpack.Encoder().encode

@@ -147,7 +147,8 @@ def _names(by: Sequence[Grain], hour: int, zone: tzinfo) -> tuple[str, ...]:
 
 def _hour_name(at: datetime) -> str:
     """With what it is off UTC: where the clock is set back, two hours of a day have the same number."""
-    return at.replace(minute=0, second=0).isoformat(timespec="minutes")
+    text = at.isoformat(timespec="minutes")
+    return f"{text[:13]}:00{text[16:]}"
 
 
 _NAMES: Mapping[Grain, Callable[[datetime], str]] = {

@@ -176,16 +176,29 @@ def house(keys: int = 0) -> Iterator[list[Measured]]:
         yield proxies
 
 
-def gateway(stack: ExitStack, folder: Path, pool: dict[str, Any]) -> Measured:
-    """A served gateway with five limits, its ledger and its access log, on an embedded store."""
+@dataclass
+class Served:
+    """A gateway process on its core, with its ledger and its access log, and a key for each team; its embedded store,
+    which shares the other core."""
+
+    port: int
+    process: int
+    store: int
+    keys: dict[str, str]
+
+
+def serve(stack: ExitStack, folder: Path, documents: dict[str, Any]) -> Served:
+    """A gateway with these policies."""
     policies = folder / "policies"
     policies.mkdir()
-    (policies / "all.yaml").write_text(yaml.safe_dump({**POLICIES, "pools": {"bench": pool}}))
+    (policies / "all.yaml").write_text(yaml.safe_dump(documents))
     words = ["--policies", str(policies), "--state", str(folder / "state")]
     command = [sys.executable, "-m", "gateway"]
-    made = subprocess.run(
-        [*command, "keys", "create", "--team", "bench", "--json", *words], capture_output=True, check=True, cwd=ROOT
-    )
+    keys = {}
+    for team in documents["teams"]:
+        create = [*command, "keys", "create", "--team", team, "--json", *words]
+        made = subprocess.run(create, capture_output=True, check=True, cwd=ROOT)
+        keys[team] = json.loads(made.stdout)["key"]
     port = free_port()
     environment = {**os.environ, "GATEWAY_STORE_DEADLINE": "1", "GATEWAY_LOG": "json"}
     process = start(stack, [*command, "serve", "--port", str(port), *words], MEASURED, env=environment)
@@ -193,7 +206,13 @@ def gateway(stack: ExitStack, folder: Path, pool: dict[str, Any]) -> Measured:
     with redis.Redis(unix_socket_path=str(folder / "state" / "valkey.sock")) as client:
         store = int(client.info("server")["process_id"])
     os.sched_setaffinity(store, OTHERS)
-    return Measured("gateway", port, json.loads(made.stdout)["key"], [process.pid], store)
+    return Served(port, process.pid, store, keys)
+
+
+def gateway(stack: ExitStack, folder: Path, pool: dict[str, Any]) -> Measured:
+    """A served gateway with five limits."""
+    served = serve(stack, folder, {**POLICIES, "pools": {"bench": pool}})
+    return Measured("gateway", served.port, served.keys["bench"], [served.process], served.store)
 
 
 def requests(proxies: list[Measured], rounds: int, seconds: float, callers: int) -> None:

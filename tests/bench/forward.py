@@ -31,7 +31,7 @@ class Forward:
         pool = PoolPolicy(upstreams=(own,))
         self.upstream = Upstream(pool, own, Wire(own.url), None)
         self.upstream.join("bench", pool, own, lambda: False)
-        self.model = Model("m", "m", None, "bench", "fireworks", "m", 1, 0, 0, 0)
+        self.model = Model("m", "m", None, "bench", "fireworks", "m", 1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_body(scope, receive, 1 << 20)

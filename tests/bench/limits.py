@@ -24,17 +24,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import redis
-import yaml
-
 from tests.bench.__main__ import (
-    MEASURED,
     OTHERS,
     POLICIES,
     ROOT,
+    Served,
     cpu_seconds,
     free_port,
     listening,
+    serve,
     start,
     table,
 )
@@ -44,38 +42,12 @@ TEAMS = {"within": None, "refused": 1, "loud": A_LIMIT}  # requests a second tha
 _WARM = 1.0  # seconds by which A begins before B and ends after it
 
 
-@dataclass
-class Gate:
-    """A served gateway with a key for each team."""
-
-    port: int
-    gateway: int
-    store: int
-    keys: dict[str, str]
-
-
-def gate(stack: ExitStack) -> Gate:
+def gate(stack: ExitStack) -> Served:
     """One worker on its core, on a store and a backend on the other one."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    backend, port = free_port(), free_port()
+    folder, backend = Path(stack.enter_context(tempfile.TemporaryDirectory())), free_port()
     start(stack, [sys.executable, "-m", "tests.bench.backend", str(backend)], OTHERS)
     listening(backend)
-    (folder / "policies").mkdir()
-    (folder / "policies" / "all.yaml").write_text(yaml.safe_dump(policies(backend)))
-    words = ["--policies", str(folder / "policies"), "--state", str(folder / "state")]
-    command = [sys.executable, "-m", "gateway"]
-    keys = {}
-    for team in TEAMS:
-        create = [*command, "keys", "create", "--team", team, "--json", *words]
-        made = subprocess.run(create, capture_output=True, check=True, cwd=ROOT)
-        keys[team] = json.loads(made.stdout)["key"]
-    environment = {**os.environ, "GATEWAY_STORE_DEADLINE": "1", "GATEWAY_LOG": "json"}
-    process = start(stack, [*command, "serve", "--port", str(port), *words], MEASURED, env=environment)
-    listening(port)
-    with redis.Redis(unix_socket_path=str(folder / "state" / "valkey.sock")) as client:
-        store = int(client.info("server")["process_id"])
-    os.sched_setaffinity(store, OTHERS)
-    return Gate(port, process.pid, store, keys)
+    return serve(stack, folder, policies(backend))
 
 
 def policies(backend: int) -> dict[str, Any]:
@@ -108,7 +80,7 @@ def fired(process: subprocess.Popen[str]) -> dict[str, Any]:
     return seen
 
 
-def show_isolation(gate: Gate, pairs: int, seconds: float, within: float, loud: float) -> None:
+def show_isolation(gate: Served, pairs: int, seconds: float, within: float, loud: float) -> None:
     """B with A and without it, in turns; which of the two comes first takes turns as well."""
     seen: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     refused = asked = 0
@@ -164,12 +136,12 @@ class Cost:
     store: list[float] = field(default_factory=list)
 
 
-def show_costs(gate: Gate, rounds: int, seconds: float, callers: int) -> None:
+def show_costs(gate: Served, rounds: int, seconds: float, callers: int) -> None:
     """Admissions and refusals in turns, by callers that ask again at once."""
     costs = {"admitted": Cost(), "refused": Cost()}
     for number in range(rounds + 1):
         for name, team in (("admitted", "within"), ("refused", "refused")):
-            before = cpu_seconds([gate.gateway]), cpu_seconds([gate.store])
+            before = cpu_seconds([gate.process]), cpu_seconds([gate.store])
             command = [sys.executable, "-m", "tests.bench.load", str(gate.port), gate.keys[team], str(callers)]
             done = subprocess.run(
                 ["taskset", "-c", ",".join(map(str, OTHERS)), *command, str(seconds)],
@@ -183,7 +155,7 @@ def show_costs(gate: Gate, rounds: int, seconds: float, callers: int) -> None:
             if share > 0 if name == "admitted" else share < 0.95:
                 sys.exit(f"{share:.0%} of the requests that were to be {name} were refused")
             if number:  # the first round warms
-                costs[name].gateway.append((cpu_seconds([gate.gateway]) - before[0]) / seen["answers"] * 1e6)
+                costs[name].gateway.append((cpu_seconds([gate.process]) - before[0]) / seen["answers"] * 1e6)
                 costs[name].store.append((cpu_seconds([gate.store]) - before[1]) / seen["answers"] * 1e6)
     rows = []
     admitted, refused = costs["admitted"], costs["refused"]
