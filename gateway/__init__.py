@@ -6,7 +6,7 @@ floor 0, words:     records, errors, asgi, uploads, endpoints
 floor 1, documents: settings, documents, language, snapshot, policy
 floor 2, decisions: identity, members, contract, bounds, context, normalize, usage, learned, terms, standings, recent,
                     returns, refusals, shares, counts, intents, hops, sse, health, balance
-floor 3, resources: topology, store, embedded, keys, drains, alerts, spool, settlements, admission, explain, sums,
+floor 3, resources: topology, store, embedded, keys, drains, alerts, spool, ends, settlements, admission, explain, sums,
                     ledger, erase, delivery, postgres, sinks, exports, retention, housekeeping, wire, bridge, upstream,
                     pools
 floor 4, exchange:  exchange, proxy

@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -21,11 +22,12 @@ import redis.exceptions
 import structlog
 
 from gateway.counts import UNKNOWN_WINDOW, corrected, running_window, taken
+from gateway.ends import UNRESERVED, End, end_of, live_key, reservation_key
 from gateway.errors import Dialect, GatewayError, InternalError, StoreUnavailable
 from gateway.intents import Charges, Intent
 from gateway.records import ORGANISATIONS, UsageRecord
 from gateway.refusals import Refusals, share_spent
-from gateway.settlements import UNRESERVED, End, Reached, Settlements, end_of, live_key, reservation_key
+from gateway.settlements import Reached, Settlements
 from gateway.shares import Shares
 from gateway.snapshot import Limit
 from gateway.spool import Spool, SpoolError
@@ -41,7 +43,7 @@ _RENEW_EVERY = SEAT_LEASE / 3
 _BEAT_EVERY = 1.0  # and so long a worker may think that there are fewer workers than there are
 # Until a worker comes to sweep what others have left; nobody serves longer than that without one.
 _RESERVATION = 30 * 86_400.0
-_SETTLE_AGAIN = 0.2
+_GLANCE = 0.2  # between two looks whether that is due
 _WORKERS = "{gateway}:workers"
 
 _log = structlog.get_logger("gateway.admission")
@@ -133,6 +135,10 @@ class Admission:
         """The lease of a request, to be entered. Entering raises RateLimited, QuotaExhausted or StoreUnavailable."""
         return Lease(self, request)
 
+    def has_ledger(self, organisation: str) -> None:
+        """See to it that the store knows of an organisation: its ledger is looked after and shown from then on."""
+        self._organisations.setdefault(organisation, False)
+
     async def take(self, lease: Lease) -> tuple[Standing, ...]:
         """Take every limit of a lease, or none."""
         terms = lease.terms
@@ -142,8 +148,7 @@ class Admission:
         if again is not None:
             raise again
         organisation, charges = terms.organisation, terms.charges
-        if organisation not in self._organisations:
-            self._organisations[organisation] = False
+        self.has_ledger(organisation)
         keys = [reservation_key(organisation, lease.id), live_key(organisation), *(charge.key for charge in charges)]
         try:
             answer = await self._admit((keys, (lease.id, _intent(lease), [taken(charge) for charge in charges])))
@@ -271,23 +276,31 @@ class Admission:
     # — what goes on beside
 
     async def keep_up(self) -> None:
-        """Renew live requests and this worker's place among all, and send again what was not acknowledged, for ever."""
+        """Renew live requests and this worker's place among all, for ever."""
         beaten = 0.0
         while not leaving():
             now = time.monotonic()
             try:
                 if not self._store.away:
-                    await self.settlements.catch_up()
                     if now - beaten >= _BEAT_EVERY:
                         beaten = now
                         await self._stay(now)
-                elif now - self._renewed >= _RENEW_EVERY:
+                elif now - self._renewed >= _RENEW_EVERY or self._renewed < self._store.lost:
                     self._renewed = now
                     for lease in self._live.values():
-                        self.settlements.progress(lease.id, lease.terms.organisation, _progress(lease))
+                        self._note_progress(lease)
             except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
                 _log.warning("not_renewed", live=len(self._live), reason=type(failure).__name__)
-            await asyncio.sleep(_SETTLE_AGAIN)
+            except Exception:  # a defect: whoever stopped here would be taken for dead
+                _log.exception("renewal_failed")
+            await asyncio.sleep(_GLANCE)
+
+    def _note_progress(self, lease: Lease) -> None:
+        """What the store cannot be told of a request, and may forget of it."""
+        with suppress(SpoolError):
+            if not self.settlements.noted(lease.id):
+                self.settlements.begin(lease.id, lease.terms.organisation, _intent(lease))
+            self.settlements.progress(lease.id, _progress(lease))
 
     async def _stay(self, now: float) -> None:
         told = await self._store.run(self._beat, [_WORKERS], [self._worker, int(SEAT_LEASE * 1000)])
@@ -301,24 +314,30 @@ class Admission:
         if fresh:
             await self._store.call(lambda: self._store.client.sadd(ORGANISATIONS, *fresh))
             self._organisations.update(dict.fromkeys(fresh, True))
-        if now - self._renewed >= _RENEW_EVERY:
-            await self._renew_live([lease for lease in self._live.values() if self._due(lease, now)])
+        due = [lease for lease in self._live.values() if self._due(lease, now)]
+        if now - self._renewed >= _RENEW_EVERY and await self._renew_live(due):
             self._renewed = now
 
     def _due(self, lease: Lease, now: float) -> bool:
         """Whether a lease would lapse before it is renewed next time; and what came to be without the store is told."""
         return lease.degraded or not self._renewed or now - lease.since >= _RENEW_EVERY
 
-    async def _renew_live(self, leases: Iterable[Lease], *, unknown: bool = False) -> None:
+    async def _renew_live(self, leases: Iterable[Lease], *, unknown: bool = False) -> bool:
+        """Renew these; false where the store did not answer for some."""
         by_slot: dict[int, list[Lease]] = {}
         for lease in leases:
             by_slot.setdefault(self._store.slot(live_key(lease.terms.organisation)), []).append(lease)
         batches = [held[i : i + _RENEWED] for held in by_slot.values() for i in range(0, len(held), _RENEWED)]
-        lapsed = swept = 0
+        lapsed, swept, all_answered = 0, 0, True
         forgotten: list[Lease] = []
         for batch in batches:
             some = [lease for lease in batch if lease.id in self._live]
-            for lease, answer in zip(some, await self._renewed_all(some, unknown=unknown), strict=True):
+            try:
+                answers = await self._renewed_all(some, unknown=unknown)
+            except StoreUnavailable:  # a slow moment of one batch is not the others'
+                all_answered = False
+                continue
+            for lease, answer in zip(some, answers, strict=True):
                 if answer >= 0:
                     lapsed += answer
                     self.settlements.forget(lease.id)
@@ -331,7 +350,8 @@ class Admission:
         if swept:
             _log.warning("requests_lapsed", requests=swept)
         if forgotten and not unknown:
-            await self._renew_live(forgotten, unknown=True)
+            all_answered &= await self._renew_live(forgotten, unknown=True)
+        return all_answered
 
     async def _renewed_all(self, leases: Sequence[Lease], *, unknown: bool) -> list[int]:
         """What renew.lua says of each; of those that are not known it is told all."""

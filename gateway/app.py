@@ -65,14 +65,11 @@ _AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)
 class Gateway:
     """The data plane as an ASGI application."""
 
-    def __init__(
-        self, live: Live, store: Store, keys: KeyRing, admission: Admission, spool: Spool, name: bytes
-    ) -> None:
+    def __init__(self, live: Live, store: Store, keys: KeyRing, admission: Admission, name: bytes) -> None:
         self.live = live
         self.store = store
         self.keys = keys
         self.admission = admission
-        self.spool = spool
         self.draining = False
         self._looks = Looks(store)
         self._proxy = Proxy(live, keys, admission, observer(), name)
@@ -171,13 +168,14 @@ class Gateway:
 
     async def _ready(self, request: Request) -> Response:
         """Whether requests should come here."""
+        settlements = self.admission.settlements
         reasons = [
             reason
             for reason, holds in (
                 ("draining", self.draining),
                 ("keys are not loaded", not self.keys.loaded and not self.store.away),
                 (f"the store {self.store.reason}", self.store.away),
-                (f"the spool cannot be written: {self.spool.failure}", self.spool.failure),
+                (f"the spool cannot be written: {settlements.unwritable}", settlements.unwritable),
             )
             if holds
         ]
@@ -266,12 +264,13 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     spool = Spool(settings.spools, most=settings.spool_most)
     await spool.probe()
     admission = Admission(store, spool, reached)
-    gateway = Gateway(live, store, keys, admission, spool, pseudonym(secret))
+    gateway = Gateway(live, store, keys, admission, pseudonym(secret))
     chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
-    tasks = [asyncio.ensure_future(work) for work in (keys.follow(), admission.keep_up(), chores.run(), followed)]
+    endless = (keys.follow(), admission.keep_up(), admission.settlements.keep_up(), chores.run(), followed)
+    tasks = [asyncio.ensure_future(work) for work in endless]
     for task in tasks:
         task.add_done_callback(_over)
     try:

@@ -22,8 +22,8 @@ _AMOUNTS = ("requests", "input", "cached", "output", "reasoning", "USD")
 _Weigh = Callable[[Sequence[Sum]], int]
 
 
-def draw(query: Query, sums: Sequence[Sum], others: Sequence[Sum]) -> None:
-    """Print a report; the `others` are one row, and part of the total."""
+def draw(query: Query, sums: Sequence[Sum], others: Sequence[Sum], note: str = "") -> None:
+    """Print a report; the `others` are one row, and part of the total. The `note` stands below."""
     everything = [*sums, *others]
     weigh, unit = _weight(everything)
     whole = weigh(everything)
@@ -54,7 +54,8 @@ def draw(query: Query, sums: Sequence[Sum], others: Sequence[Sum]) -> None:
         rows.append(one(f"({count:,} others)", others))
     head = [*names, *([] if times is None else [f"{unit} by {times.grain}"]), *_AMOUNTS, "share"]
     total = one("total", everything) if len(rows) > 1 else ()
-    table(head, rows, right=len(_AMOUNTS) + 1, total=total, below="" if times is None else times.legend)
+    below = "\n".join(line for line in ("" if times is None else times.legend, note) if line)
+    table(head, rows, right=len(_AMOUNTS) + 1, total=total, below=below)
 
 
 def _weight(sums: Sequence[Sum]) -> tuple[_Weigh, str]:

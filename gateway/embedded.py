@@ -80,8 +80,12 @@ class Embedded:
             "daemonize": "no",
         }
         command = [_server_binary(), *(word for name, value in options.items() for word in (f"--{name}", value))]
+        lock = self._only_server()
         # A session of its own: Ctrl-C on the terminal is for the gateway, which settles first.
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=(lock,)
+        )
+        os.close(lock)
         patience = time.monotonic() + _START_SECONDS
         while not _answers(self._socket):
             if server.poll() is not None or time.monotonic() > patience:
@@ -91,6 +95,22 @@ class Embedded:
             time.sleep(0.005)
         # Whoever of its users stops it, its parent takes note: no zombie.
         threading.Thread(target=server.wait, name="embedded-valkey", daemon=True).start()
+
+    def _only_server(self) -> int:
+        """A lock that a server holds as long as it lives: one that is stopped, or is busy for long, is there all the
+        same, and two must never write one AOF."""
+        lock = os.open(self.state / "server", os.O_RDWR | os.O_CREAT, 0o600)
+        patience = time.monotonic() + _START_SECONDS  # one that was shut down a moment ago is still on its way out
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    os.close(lock)
+                    raise StoreError(f"the embedded Valkey of {self.state} is there and does not answer") from None
+                time.sleep(0.02)
+            else:
+                return lock
 
 
 def _last_line(log: Path) -> str:

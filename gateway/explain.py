@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gateway.counts import taken
+from gateway.ends import live_key, reservation_key
 from gateway.errors import Forbidden
 from gateway.identity import Principal
-from gateway.settlements import live_key, reservation_key
 from gateway.snapshot import Model, Snapshot
 from gateway.standings import Standing, shown, standings_of
 from gateway.store import Coalesced, Script, Store

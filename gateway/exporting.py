@@ -28,7 +28,6 @@ from gateway.console import (
     until_signalled,
     with_store,
 )
-from gateway.delivery import Sink
 from gateway.exports import Exporter, buried, forget, revive, standings
 from gateway.settings import Settings
 from gateway.store import Store
@@ -45,7 +44,9 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="of the export
 
 def export(
     name: NameArgument,
-    once: Annotated[bool, typer.Option("--once", help="end when all that is there now is delivered")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="end when all that is there now is delivered, or was refused")
+    ] = False,
     policies: PoliciesOption = None,
     state: StateOption = None,
 ) -> None:
@@ -63,16 +64,19 @@ def export(
 
     async def deliver(store: Store) -> None:
         with _consumer(settings.state, name) as consumer:
-            ended = await until_signalled(_deliver(store, name, policy, sink, consumer, once=once))
+            exporter = Exporter(store, name, sink, consumer=consumer, batch=policy.batch, attempts=policy.attempts)
+            ended = await until_signalled(_deliver(exporter, name, once=once))
         if once and not ended:
             fail(f"export {name} was ended before everything was delivered", WRONG)
+        if exporter.refused:
+            later = f"each is tried {policy.attempts:,} times, once by a run, before it is a dead letter"
+            fail(f"export {name}: {exporter.refused:,} rows were refused, expected none; {later}", WRONG)
 
     with_store(settings, deliver, quiet=False)
 
 
-async def _deliver(store: Store, name: str, policy: Export, sink: Sink, consumer: str, *, once: bool) -> None:
+async def _deliver(exporter: Exporter, name: str, *, once: bool) -> None:
     """Rows to a sink, with a bar that tells how many."""
-    exporter = Exporter(store, name, sink, consumer=consumer, batch=policy.batch, attempts=policy.attempts)
     with progress(f"export {name}", event="exporting") as told:
         await exporter.run(once=once, told=lambda far: told(far.done, far.left))
 

@@ -6,7 +6,8 @@ until the sink has it, with the number of times that it was tried.
 
     new → handed out → delivered → acknowledged
                      → the sink is away: not counted, tried again as long as it takes
-                     → the sink refuses it: stays pending, and is tried again when it is due
+                     → the sink refuses it: stays pending, and is tried again when it is due; of a run that is to end
+                       once all is delivered, by a later run
                      → who had it is gone: tried again by whoever comes, or by himself when he is back
                      → tried `attempts` times: a dead letter, and acknowledged
 
@@ -98,19 +99,27 @@ class Exporter:
         self._notice_at = 0.0
         self._due_at = 0.0  # when to look for what is due again
         self._resuming = True  # look for what was handed out to this consumer, too: he may not know of it
+        self._once = False
+        self._refusals: dict[str, set[str]] = defaultdict(set)  # of a run with `once`, which leaves these entries
         self._done = 0
         self._left = 0
+
+    @property
+    def refused(self) -> int:
+        """How many rows the sink has refused in a run with `once`."""
+        return sum(map(len, self._refusals.values()))
 
     def __repr__(self) -> str:
         return f"<Exporter {self._name}, {self._done} rows delivered>"
 
     async def run(self, *, once: bool = False, told: Callable[[Progress], None] | None = None) -> None:
-        """Deliver rows for ever, or with `once` until everything is delivered (or buried) that is there now.
+        """Deliver rows for ever, or with `once` until everything is delivered, refused or buried that is there now.
 
         A store or a sink that is away is waited for. Whoever is cancelled ends the batch that is under way, within some
         seconds. The sink is opened and closed here; what it raises besides Rejected and Unavailable is raised.
         """
         ends: dict[str, str] | None = None
+        self._once = once
         async with aclosing(self._sink):
             await self._open()
             while not leaving():
@@ -203,13 +212,15 @@ class Exporter:
         return ends
 
     async def _to_do(self, ends: dict[str, str]) -> bool:
-        """Whether one of these entries, or one before it, is not delivered yet. What is done leaves the dict."""
+        """Whether one of these entries, or one before it, is not delivered yet and was not refused in this run. What is
+        done leaves the dict."""
         for stream, end in list(ends.items()):
             group = await _group(self._store, stream, self._name)
             if group is None or _number(group["last-delivered-id"].decode()) < _number(end):
                 return True
-            pending = await self._store.call(partial(self._client.xpending, stream, self._name))
-            if pending["pending"] and _number(pending["min"].decode()) <= _number(end):
+            refused = self._refusals[stream]
+            pending = partial(self._client.xpending_range, stream, self._name, "-", end, len(refused) + 1)
+            if any(one["message_id"].decode() not in refused for one in await self._store.call(pending)):
                 return True
             del ends[stream]
         return False
@@ -250,6 +261,7 @@ class Exporter:
             partial(self._client.xpending_range, stream, self._name, after, b"+", min(_PAGE, self._batch), **whose)
         ):
             after = b"(" + pending[-1]["message_id"]
+            pending = [one for one in pending if one["message_id"].decode() not in self._refusals[stream]]
             found += len(pending)
             untried = [one["message_id"] for one in pending if not one["times_delivered"]]
             if untried:
@@ -342,6 +354,8 @@ class Exporter:
         return [one for one in taken if (one.stream, one.row.entry) in held]
 
     async def _refused(self, one: _Taken, tried: int, reason: str) -> None:
+        if self._once:
+            self._refusals[one.stream].add(one.row.entry)
         if tried >= self._attempts:
             await self._bury(one.stream, one.row.entry, reason)
             return

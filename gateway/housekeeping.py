@@ -17,18 +17,19 @@ import redis.exceptions
 import structlog
 
 from gateway.admission import SEAT_LEASE, Admission
+from gateway.ends import SWEPT, live_key, reservation_key, swept
 from gateway.errors import StoreUnavailable
 from gateway.exports import ensure
 from gateway.ledger import organisations
 from gateway.retention import trim
-from gateway.settlements import SWEPT, live_key, reservation_key, swept
 from gateway.snapshot import Snapshot
 from gateway.spool import Spool, SpoolError
 from gateway.store import Script, Store, leaving
 
 _EVERY = 1.0  # seconds between two rounds
-_SWEPT_AT_ONCE = 64
+_SWEPT_AT_ONCE, _STEPS = 64, 16  # of one organisation in a round
 _ORGANISATIONS = 64  # that are swept in one round
+_PAUSED = SEAT_LEASE / 3
 _ADOPT_EVERY, _TRIM_EVERY = 5.0, 60.0
 
 _log = structlog.get_logger("gateway.housekeeping")
@@ -46,28 +47,51 @@ class Housekeeping:
         self._spool = spool
         self._spools = spools
         self._sweep = Script("sweep")
+        self._unkept = ""
         self._next: list[str] = []  # organisations that are still to be swept in this turn
 
     async def run(self) -> None:
         """For ever."""
         adopted = trimmed = 0.0
+        before = time.monotonic()
         while not leaving():
             now = time.monotonic()
+            paused, before = now - before > _PAUSED, now  # what it has itself may have lapsed
+            self._tell()
             try:
                 if self._spool.failure:
                     await self._spool.probe()
                 if now - adopted >= _ADOPT_EVERY:
                     adopted = now
                     await self._admission.settlements.adopt(self._spools)
+                    for organisation in self._concerned():
+                        self._admission.has_ledger(organisation)
                 # Whoever lives has renewed what is his by then, in a store that was away or has just been started.
-                if self._admission.first and not self._store.away and now - self._store.since > SEAT_LEASE:
+                answered = not self._store.away and now - self._store.since > SEAT_LEASE
+                if self._admission.first and answered and not paused:
                     await self._sweep_some()
                     if now - trimmed >= _TRIM_EVERY:
                         trimmed = now
                         await self._trim()
             except (StoreUnavailable, SpoolError, OSError, redis.exceptions.ResponseError) as failure:
                 _log.warning("housekeeping_failed", reason=type(failure).__name__)
+            except Exception:  # a defect: whoever stopped here would sweep nothing more
+                _log.exception("housekeeping_failed")
             await asyncio.sleep(_EVERY)
+
+    def _tell(self) -> None:
+        """Say once that usage cannot be written down while the store is away, and once that it can again."""
+        unkept = self._admission.settlements.unkept
+        if unkept and not self._unkept:
+            _log.error("spool_takes_nothing", reason=unkept)
+        elif self._unkept and not unkept:
+            _log.info("spool_takes_again")
+        self._unkept = unkept
+
+    def _concerned(self) -> set[str]:
+        """The organisations of the policies, and those of what is not settled yet: they have, or may have, a ledger."""
+        teams = self._snapshot().teams.values()
+        return {team.organisation for team in teams} | self._admission.settlements.organisations
 
     async def _sweep_some(self) -> None:
         if not self._next:
@@ -75,7 +99,9 @@ class Housekeeping:
         some, self._next = self._next[:_ORGANISATIONS], self._next[_ORGANISATIONS:]
         for organisation in some:
             try:
-                await self.sweep(organisation)
+                for _ in range(_STEPS):
+                    if await self.sweep(organisation) < _SWEPT_AT_ONCE:
+                        break
             except redis.exceptions.ResponseError as failure:  # its keys hold something else; the others' do not
                 _log.warning("not_swept", organisation=organisation, reason=str(failure))
 

@@ -8,6 +8,7 @@ without a look-up (as GitHub's tokens do since 2021); the id is public and names
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Iterable
 from functools import cache
@@ -16,6 +17,7 @@ from zlib import crc32
 import msgspec
 
 from gateway.errors import Unauthenticated
+from gateway.records import ERASED
 
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _ID, _SECRET, _CHECKSUM = 12, 43, 8
@@ -80,18 +82,25 @@ def credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 _LONGEST_NAME = 64  # a user is called as callers call him, but nobody writes a book into the ledger
+_STORED = re.compile(r"u_[0-9a-f]{20}")
 
 
 def stored_user(secret: bytes, organisation: str, name: str, plain: bool) -> str:
     """What stands for a user of an organisation in counts, rows and sums: `u_` and 20 hex digits, or, if it is to be
-    plain, the name, where that can be shown in a line: of printable characters, and not too long.
+    plain, the name, where that can be shown in a line: of printable characters, and not too long. A name that says what
+    the ledger itself says of somebody else, of one who is hashed or erased, is never plain.
 
     The digits are HMAC-SHA256, under a key that is derived for users alone (RFC 5869's idea: one secret, one purpose):
     from a name nobody gets to them without the secret, and a user of two organisations is not known for the same."""
-    if plain and len(name) <= _LONGEST_NAME and name.isprintable():
+    if plain and len(name) <= _LONGEST_NAME and name.isprintable() and name != ERASED and not is_stored_user(name):
         return name
     text = f"{organisation}\0{name}".encode("utf-8", "surrogatepass")  # an organisation's name has no NUL
     return f"u_{hmac.digest(_for_users(secret), text, 'sha256').hex()[:20]}"
+
+
+def is_stored_user(name: str) -> bool:
+    """Whether a name looks like what stands for a user who is hashed."""
+    return _STORED.fullmatch(name) is not None
 
 
 @cache

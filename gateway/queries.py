@@ -10,19 +10,19 @@ from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from zoneinfo import ZoneInfo
 
-from gateway.identity import stored_user
+from gateway.identity import is_stored_user, stored_user
 from gateway.keys import KeyRing
 from gateway.ledger import organisations
 from gateway.records import COUNTERS, DIMENSIONS, GRAINS, Dimension, Grain, UsageRecord
 from gateway.store import Store
-from gateway.sums import Query, Sum
+from gateway.sums import Query, Sum, first_hour
 
 Where = Mapping[Dimension, frozenset[str]]
 
 BY = "team,model"
 KNOWN: Mapping[str, Dimension | Grain] = {**{word: word for word in DIMENSIONS}, **{word: word for word in GRAINS}}
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
-_USER = re.compile(r"u_[0-9a-f]{20}")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would reckon (OWASP, CSV Injection)
 
 
 class Unclear(ValueError):
@@ -43,7 +43,8 @@ def query_of(
 ) -> Query:
     """The query that these words ask for; a dimension without values is not looked at. Raises Unclear.
 
-    Dates and months are those of the zone. `until` is the first moment that is not in the report.
+    Dates and months are those of the zone; so long ago is the beginning of the hour in UTC that it falls in. `until` is
+    the first moment that is not in the report.
     """
     place = _zone(zone)
     begin, end = (
@@ -51,6 +52,8 @@ def query_of(
     )
     if begin is not None and end is not None and begin >= end:
         raise Unclear("until", f'"{until}" is not after "{since}", expected a time after since')
+    if begin is not None and end is not None and first_hour(begin) == first_hour(end):
+        raise Unclear("until", f'no hour begins from "{since}" to before "{until}", expected a longer span')
     kept = {dimension: frozenset(values) for dimension, values in where.items() if values}
     return Query(by=_grouping(by), since=begin, until=end, where=kept, zone=place)
 
@@ -75,7 +78,7 @@ def _moment(name: str, text: str, zone: ZoneInfo, now: float) -> int:
     ago = re.fullmatch(r"([0-9]{1,5})([mhdw])", text)
     try:
         if ago:
-            return int(now) - int(ago[1]) * _UNITS[ago[2]]
+            return (int(now) - int(ago[1]) * _UNITS[ago[2]])
         this_month = datetime.fromtimestamp(now, zone).replace(day=1, hour=0, minute=0, second=0, microsecond=0, fold=0)
         if text == "this-month":
             at = this_month
@@ -99,7 +102,7 @@ async def stored_users(store: Store, secret: bytes, names: Iterable[str], within
     stands for itself. Raises StoreUnavailable, and StoreError where the keys were made under another pepper.
     """
     names = list(names)
-    plain = [name for name in names if name and not _USER.fullmatch(name)]
+    plain = [name for name in names if name and not is_stored_user(name)]
     if not plain:
         return names
     await KeyRing(store, secret).load()  # under another pepper nobody would be found, and nothing told
@@ -161,9 +164,16 @@ def objects(query: Query, sums: Sequence[Sum]) -> list[dict[str, object]]:
 
 
 def csv_of(query: Query, sums: Sequence[Sum]) -> str:
-    """A header and one line for each sum, after RFC 4180; numbers are whole, costs micro-dollars."""
+    """A header and one line for each sum, after RFC 4180; numbers are whole, costs micro-dollars.
+
+    A name that a spreadsheet would take for a formula has a ' before it: callers choose names, others open it.
+    """
     text = io.StringIO()
     lines = csv.writer(text)
     lines.writerow((*query.by, *COUNTERS))
-    lines.writerows((*one.group, *(one.counters[counter] for counter in COUNTERS)) for one in sums)
+    lines.writerows((*map(_cell, one.group), *(one.counters[counter] for counter in COUNTERS)) for one in sums)
     return text.getvalue()
+
+
+def _cell(name: str) -> str:
+    return f"'{name}" if name.startswith(_FORMULA) else name

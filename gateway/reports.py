@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from datetime import datetime, tzinfo
 from typing import Annotated
 
@@ -28,17 +28,25 @@ from gateway.console import (
     with_store,
 )
 from gateway.erase import erase
-from gateway.ledger import Entry, Reconciled, follow, organisations, reconcile
+from gateway.errors import StoreUnavailable
+from gateway.ledger import Entry, Reconciled, follow, organisations, pages, reconcile
 from gateway.queries import BY, Unclear, csv_of, leading, matches, objects, query_of, stored_users, wanted, with_users
 from gateway.records import COUNTERS, ERASED, Dimension
 from gateway.settings import pepper
 from gateway.store import Store
-from gateway.sums import Query, report
+from gateway.sums import KEPT_HOURS, Query, first_hour, report, running_hour
+
+_NOTICE_SECONDS = 1.0  # until rows of a new organisation are shown
 
 usage_app = typer.Typer(rich_markup_mode=None)
 
-Several = Annotated[list[str] | None, typer.Option(help="only this one; may be given several times")]
-Users = Annotated[list[str] | None, typer.Option(help="only this one, by its plain name or as it is stored")]
+Several = Annotated[
+    list[str] | None, typer.Option(help="only this one, or a pattern as a shell has them ('a*'); any number of times")
+]
+Users = Annotated[
+    list[str] | None,
+    typer.Option(help="only this one, by its plain name, or as it is stored, or a pattern of that"),
+]
 
 
 @usage_app.callback(invoke_without_command=True)
@@ -97,7 +105,7 @@ def usage(
         elif as_csv:
             typer.echo(csv_of(query, shown), nl=False)
         else:
-            draw(query, shown, others)
+            draw(query, shown, others, _cut(query, await running_hour(store)))
 
     with_store(settings, show)
 
@@ -111,6 +119,15 @@ def _check_together(given: Sequence[str]) -> None:
         fail(f"{_option(odd[0])} is given with --follow, which shows each row from now on, expected without", USAGE)
 
 
+def _cut(query: Query, now: int) -> str:
+    """A word on what was asked for and is not kept any more."""
+    kept = now - KEPT_HOURS
+    if query.since is None or first_hour(query.since) >= kept:
+        return ""
+    begin = datetime.fromtimestamp(kept * 3600, query.zone)
+    return f"sums are kept for {KEPT_HOURS // 24} days: what was used before {begin:%Y-%m-%d %H:%M} is not in this"
+
+
 def _option(name: str) -> str:
     """An option as it is written."""
     return {"as_json": "--json", "as_csv": "--csv", "live": "--follow"}.get(name, f"--{name}")
@@ -120,17 +137,40 @@ def _option(name: str) -> str:
 
 
 async def _follow(store: Store, query: Query, as_json: bool) -> None:
-    """A line for each row that is asked for, of the organisations that there are when the first of them is there."""
-    named = query.where.get("organisation", frozenset())
-    those: set[str] = set(named)
+    """A line for each row that is asked for, also of organisations that come later."""
+    those = set(await _wanted(store, query)) | query.where.get("organisation", frozenset())
+
+    async def tell(entries: AsyncIterator[Entry]) -> None:
+        async for entry in entries:
+            if matches(query.where, entry.record):
+                typer.echo(_as_json(entry) if as_json else _line(entry, query.zone))
+
+    await asyncio.gather(tell(follow(store, sorted(those))), tell(_of_newcomers(store, query, those)))
+
+
+async def _of_newcomers(store: Store, query: Query, known: Collection[str]) -> AsyncIterator[Entry]:
+    """The rows of organisations that come later, from their first one on. They are few: it looks, and keeps no
+    connection waiting for each."""
+    read: dict[str, str] = {}  # where the next rows of each begin
     while True:
-        those |= {one for one in await organisations(store) if not named or wanted(one, named)}
-        if those:
-            break
-        await asyncio.sleep(1)
-    async for entry in follow(store, sorted(those)):
-        if matches(query.where, entry.record):
-            typer.echo(_as_json(entry) if as_json else _line(entry, query.zone))
+        try:
+            for name in await _wanted(store, query):
+                if name in known:
+                    continue
+                async for page in pages(store, name, read.get(name, "-")):
+                    read[name] = f"({page[-1].id}"
+                    for entry in page:
+                        if isinstance(entry, Entry) and not entry.erased:
+                            yield entry
+        except StoreUnavailable:
+            await store.back()
+        await asyncio.sleep(_NOTICE_SECONDS)
+
+
+async def _wanted(store: Store, query: Query) -> list[str]:
+    """The organisations that there are and that are asked for."""
+    named = query.where.get("organisation")
+    return [one for one in await organisations(store) if named is None or wanted(one, named)]
 
 
 def _as_json(entry: Entry) -> str:
@@ -217,7 +257,10 @@ def usage_erase(
     as_json: JsonOption = False,
     state: StateOption = None,
 ) -> None:
-    """Forget a user: rows and sums keep their amounts, and nobody's name. It cannot be undone."""
+    """Forget a user: rows and sums keep their amounts, and nobody's name. It cannot be undone.
+
+    Where nothing has the user it ends with 1.
+    """
     if user in ("", ERASED):
         fail(f'"{user}" stands for nobody, expected a user', USAGE)
     if not yes:
@@ -235,7 +278,9 @@ def usage_erase(
             rows, sums = rows + erased.rows, sums + erased.sums
         if as_json:
             typer.echo(json.dumps({"organisation": organisation, "rows": rows, "sums": sums}))
-        else:
+        if not rows and not sums:
+            fail(f"no row and no sum of {organisation} has this user, expected one who is there", WRONG)
+        if not as_json:
             typer.echo(f"forgotten in {rows:,} rows and {sums:,} sums of {organisation}; their amounts are kept")
 
     with_store(settings, forget)

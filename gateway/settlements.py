@@ -13,20 +13,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
+import redis.exceptions
 import structlog
 
-from gateway.counts import Words
-from gateway.intents import correction, correction_id, interrupted, read_intent, read_progress
-from gateway.language import Count
-from gateway.records import UsageRecord, group_of, ledger_stream
+from gateway.ends import DEAD, UNRESERVED, Begun, End, Progressed, encode, end_of, left_in
+from gateway.errors import StoreUnavailable
+from gateway.intents import correction, correction_id
+from gateway.records import UsageRecord, ledger_stream
 from gateway.spool import Orphan, Spool, SpoolError, adopt
-from gateway.store import Coalesced, Item, Script, Store
+from gateway.store import Coalesced, Script, Store, leaving
 from gateway.terms import Charge, used
 from gateway.usage import Usage
 
@@ -35,7 +37,9 @@ from gateway.usage import Usage
 _MARK, _SETTLED = 3600.0, 120.0
 _LOOK_AFTER = 90.0
 _SKEW = 600.0  # seconds by which a gateway's clock may differ from the store's
-_BATCH, _ROUND, _PAGE = 64, 2048, 1000
+_BATCH, _ROUND, _PAGE = 64, 2048, 100  # a page arrives within the deadline of a store that is busy
+_AGAIN = 0.2  # seconds
+_NOTED = 16  # at a time, some 2 ms
 # What a store that is lost may have forgotten of what it acknowledged, in seconds: Valkey puts off writing its file for
 # up to two while the disk is busy.
 _FORGETS = 5.0
@@ -43,94 +47,7 @@ _FORGETS = 5.0
 MOST = 100_000
 
 _INTERRUPTED, _ABSENT, _UNWRITTEN = 2, 0, -1
-# The flags of a request, see settle.lua.
-UNRESERVED, DEAD, SWEPT = 1, 2, 4
-
 _log = structlog.get_logger("gateway.admission")
-
-
-class End(NamedTuple):
-    """What ends a request: what the script is told, and the charges that it corrects, with the window of each: none of
-    a spool's, of which it is only known what they count."""
-
-    id: str
-    item: Item
-    organisation: str
-    charges: list[tuple[Charge, int]]
-    counts: Sequence[Count]
-    needed: int  # corrections, the first ones; those after them matter only where the store has forgotten the request
-
-    @property
-    def short(self) -> Item:
-        """What the script is told where the store knows the request, as it nearly always does."""
-        keys, (*most, corrections, flags) = self.item
-        assert isinstance(corrections, list)
-        if self.needed == len(corrections):
-            return self.item
-        return keys[: len(keys) - len(corrections) + self.needed], (*most, corrections[: self.needed], flags)
-
-    @property
-    def row(self) -> str:
-        """Its row, '' for none."""
-        return str(self.item[1][1])
-
-    @property
-    def flags(self) -> int:
-        flags = self.item[1][5]
-        assert isinstance(flags, int)
-        return flags
-
-    def record(self) -> _Ended:
-        """As it stands in a spool."""
-        keys, words = self.item
-        return _Ended(self.id, self.organisation, list(keys), tuple(words), list(self.counts))  # type: ignore[arg-type]
-
-
-def end_of(
-    request_id: str,
-    organisation: str,
-    record: UsageRecord | None,
-    corrections: Iterable[tuple[str, Words]],
-    *,
-    charges: list[tuple[Charge, int]] | None = None,
-    flags: int = 0,
-    needed: int | None = None,
-) -> End:
-    """The end of a request with its row, or of one that is given up; so many of its corrections are needed, or all."""
-    keys = [reservation_key(organisation, request_id), live_key(organisation), ledger_stream(organisation)]
-    words = []
-    for key, told in corrections:
-        keys.append(key)
-        words.append(told)
-    row, field = "", ""
-    counters: Words = ()
-    if record is not None:
-        row, field = msgspec.json.encode(record).decode(), group_of(record)
-        counters = _counters(record)
-    charges = charges or []
-    counts = [charge.limit.count for charge, _ in charges]
-    item = (keys, (request_id, row, field, counters, words, flags))
-    return End(request_id, item, organisation, charges, counts, len(words) if needed is None else needed)
-
-
-def _counters(record: UsageRecord) -> Words:
-    """What the sums grow by, in the order of records.COUNTERS."""
-    return (
-        record.requests,
-        record.input_tokens,
-        record.cached_tokens,
-        record.output_tokens,
-        record.reasoning_tokens,
-        record.cost_microusd,
-    )
-
-
-def reservation_key(organisation: str, request_id: str) -> str:
-    return f"{{{organisation}}}:request:{request_id}"
-
-
-def live_key(organisation: str) -> str:
-    return f"{{{organisation}}}:live"
 
 
 # Told that of a charge in a window a threshold (1, 2 …) was reached, with what is used now.
@@ -173,6 +90,7 @@ class Settlements:
         self._notes: dict[str, list[int]] = {}  # of requests under way that are noted in the spool
         self._orphans: dict[str, _Orphaned] = {}  # that are adopted, and those of which a file is kept
         self._settled: deque[tuple[float, End]] = deque()  # in the last seconds, with when that was
+        self._doubts: list[_Kept] = []  # that the store may have forgotten, and that are not noted yet
         self._losses = store.losses
 
     def __len__(self) -> int:
@@ -184,7 +102,18 @@ class Settlements:
 
     @property
     def full(self) -> bool:
-        return len(self._pending) >= MOST
+        adopted = sum(orphaned.left for orphaned in self._orphans.values())
+        return len(self._pending) - adopted >= MOST
+
+    @property
+    def organisations(self) -> set[str]:
+        """Whose requests these are."""
+        return {kept.end.organisation for kept in self._pending.values()}
+
+    @property
+    def unwritable(self) -> str:
+        """Why the spool cannot be written; nothing where it can."""
+        return self._spool.failure
 
     @property
     def unkept(self) -> str:
@@ -204,8 +133,8 @@ class Settlements:
         return answer
 
     def later(self, end: End) -> None:
-        """Settle when the store is back."""
-        self._pending.setdefault(end.id, _Kept(end))
+        """Settle when the store is back. Meanwhile somebody who sees the store may settle it as a dead worker's."""
+        self._pending.setdefault(end.id, _Kept(end)).sent = time.time()
         self._late[end.id] = None
 
     async def keep(self, request_id: str) -> None:
@@ -215,7 +144,7 @@ class Settlements:
             return
         end = kept.end
         try:
-            number = await self._spool.append(_encode(end.record()))
+            number = await self._spool.append(encode(end.record()))
         except SpoolError as failure:
             _log.error("not_spooled", request_id=request_id, reason=str(failure))
             return
@@ -260,6 +189,7 @@ class Settlements:
         if kept.corrects is not None:
             self._acknowledged(kept.corrects)
         if end.row:
+            self._doubt()  # before anything is forgotten here that the store may have forgotten
             now = time.monotonic()
             self._settled.append((now, end))
             while now - self._settled[0][0] > _FORGETS:
@@ -275,7 +205,7 @@ class Settlements:
         late, charged = (msgspec.json.decode(row, type=UsageRecord) for row in (end.row, text))
         more = []
         before, after = _usage(charged), _usage(late)
-        for count, key, (kind, _, _, _, *rest) in zip(end.counts, end.item[0][3:], _words(end), strict=True):
+        for count, key, (kind, _, _, _, *rest) in zip(end.counts, end.item[0][3:], end.corrections, strict=True):
             if kind != "s":
                 units = used(count, after, late.price) - used(count, before, charged.price)
                 more.append((key, (kind, max(0, units), 0, 0, *rest)))
@@ -290,17 +220,21 @@ class Settlements:
     def begin(self, request_id: str, organisation: str, intent: str) -> None:
         """Note a request before it is served, so that it is written down even if this worker dies. Raises
         SpoolError."""
-        number = self._spool.note(_encode(_Begun(request_id, organisation, intent)))
-        self._notes.setdefault(request_id, []).append(number)
+        number = self._spool.note(encode(Begun(request_id, organisation, intent)))
+        self._notes[request_id] = [number]
 
-    def progress(self, request_id: str, organisation: str, progress: str) -> None:
+    def noted(self, request_id: str) -> bool:
+        return request_id in self._notes
+
+    def progress(self, request_id: str, progress: str) -> None:
         """Note how far it has come, as well as that can be."""
-        if request_id in self._notes:
-            try:
-                number = self._spool.note(_encode(_Progressed(request_id, progress)))
-            except SpoolError:
-                return
-            self._notes[request_id].append(number)
+        notes = self._notes.get(request_id)
+        if notes is not None and progress and not self._spool.full:
+            with suppress(SpoolError):
+                notes.append(self._spool.note(encode(Progressed(request_id, progress))))
+                for number in notes[1:-1]:
+                    self._spool.done(number)
+                del notes[1:-1]
 
     def forget(self, request_id: str) -> None:
         """The store knows of it now."""
@@ -309,23 +243,37 @@ class Settlements:
 
     # — what is left over
 
-    async def catch_up(self) -> None:
-        """Send again some of what was not acknowledged, as long as the store answers."""
-        if self._losses != self._store.losses:
-            self._losses = self._store.losses
+    async def keep_up(self) -> None:
+        """Send again what was not acknowledged, for ever."""
+        while not leaving():
             self._doubt()
-        late = list(self._late)[:_ROUND]
+            await self._note_doubts()
+            try:
+                if not self._store.away:
+                    await self.catch_up()
+            except (StoreUnavailable, redis.exceptions.ResponseError) as failure:
+                _log.warning("settle_later", requests=len(self), reason=type(failure).__name__)
+            except Exception:  # a defect: whoever stopped here would settle nothing more
+                _log.exception("settlements_failed")
+            await asyncio.sleep(_AGAIN)
+
+    async def catch_up(self) -> None:
+        """Send again some of what was not acknowledged, as long as the store answers. Raises StoreUnavailable."""
+        late = [self._pending[name] for name in list(self._late)[:_ROUND] if name in self._pending]
+        await self._look_up([kept for kept in late if _stale(kept)])
         for start in range(0, len(late), _BATCH):
             if self._store.away:
                 return
-            some = [self._pending[name] for name in late[start : start + _BATCH] if name in self._pending]
-            await self._look_up([kept for kept in some if _stale(kept)])
+            some = late[start : start + _BATCH]
             answers = [self.send(kept.end, again=True) for kept in some if kept.end.id in self._late]
             if answers:
                 await asyncio.wait(answers)
 
     def _doubt(self) -> None:
-        """The store was lost: what it acknowledged shortly before, it may have forgotten."""
+        """Where the store was lost, what it acknowledged shortly before it may have forgotten."""
+        if self._losses == self._store.losses:
+            return
+        self._losses = self._store.losses
         since = self._store.lost - _FORGETS
         wall = time.time() - time.monotonic()
         for at, end in self._settled:
@@ -333,7 +281,18 @@ class Settlements:
                 kept = self._pending[end.id] = _Kept(end)
                 kept.sent = wall + at
                 self._late[end.id] = None
+                self._doubts.append(kept)
         self._settled.clear()
+
+    async def _note_doubts(self) -> None:
+        """Note those in the spool, some at a time, lest this worker dies before it can tell the store again."""
+        doubts, self._doubts = self._doubts, []
+        for number, kept in enumerate(doubts):
+            if number % _NOTED == _NOTED - 1:
+                await asyncio.sleep(0)
+            if kept.end.id in self._pending:
+                with suppress(SpoolError):
+                    kept.numbers.append(self._spool.note(encode(kept.end.record())))
 
     async def _look_up(self, doubted: list[_Kept]) -> None:
         """Acknowledge those that stand in the ledger: the marks that would tell are gone. Raises StoreUnavailable."""
@@ -342,10 +301,9 @@ class Settlements:
             by_organisation.setdefault(kept.end.organisation, []).append(kept)
         for organisation, some in by_organisation.items():
             received = min(msgspec.json.decode(kept.end.row, type=_Received).received_ms for kept in some)
-            last = max(kept.sent for kept in some)
-            bounds = int(received - _SKEW * 1000), int((last + _SKEW) * 1000)
             names = {kept.end.id for kept in some}
-            found = await self._rows(organisation, names | {correction_id(name) for name in names}, *bounds)
+            since = int(received - _SKEW * 1000)
+            found = await self._rows(organisation, names | {correction_id(name) for name in names}, since)
             for kept in some:
                 row = found.get(kept.end.id)
                 if row is None:
@@ -356,28 +314,27 @@ class Settlements:
                 else:
                     self._acknowledged(kept)
 
-    async def _rows(self, organisation: str, ids: set[str], first_ms: int, last_ms: int) -> dict[str, bytes]:
-        """The rows of these requests, of those that were written in this stretch of time."""
+    async def _rows(self, organisation: str, ids: set[str], first_ms: int) -> dict[str, bytes]:
+        """The rows of these requests, of those that were written since then."""
         found: dict[str, bytes] = {}
-        stream, after = ledger_stream(organisation), f"{max(0, first_ms)}"
-        while True:
-            some = partial(self._store.client.xrange, stream, min=after, max=f"{last_ms}", count=_PAGE)
-            entries = await self._store.call(some)
-            for _, fields in entries:
-                row: bytes = fields[b"row"]
-                if (name := msgspec.json.decode(row, type=_Named).id) in ids:
-                    found[name] = row
-            if len(entries) < _PAGE:
-                return found
+        after = f"{max(0, first_ms)}"
+        some = partial(self._store.client.xrange, ledger_stream(organisation), count=_PAGE)
+        while entries := await self._store.call(partial(some, min=after)):
             after = f"({entries[-1][0].decode()}"
+            for _, fields in entries:
+                row: bytes = fields.get(b"row", b"")
+                with suppress(msgspec.DecodeError):  # what cannot be read is nobody's
+                    if (name := msgspec.json.decode(row, type=_Named).id) in ids:
+                        found[name] = row
+        return found
 
     async def adopt(self, folder: Path) -> None:
         """Take over what workers of this folder have left that died."""
-        for orphan, records in await asyncio.to_thread(_adopted, folder, set(self._orphans)):
+        for orphan, found in await asyncio.to_thread(_adopted, folder, set(self._orphans)):
             for damage in (*orphan.damaged, *orphan.refused):
                 where = {"file": damage.file.name, "offset": damage.offset, "lost": damage.lost}
                 _log.error("spool_damaged", **where, reason=damage.why)
-            ends = [end for end in _ends(records) if end.id not in self._pending]
+            ends = [end for end in found if self._knows_less(end)]
             _log.warning("spool_adopted", spool=orphan.name, requests=len(ends))
             self._orphans[orphan.name] = orphaned = _Orphaned(orphan, len(ends))
             for end in ends:
@@ -386,6 +343,11 @@ class Settlements:
                 self._late[end.id] = None
             if not ends:
                 self._release(orphaned)
+
+    def _knows_less(self, end: End) -> bool:
+        """Whether it is not pending here, or only as what was known of a dead worker's request."""
+        kept = self._pending.get(end.id)
+        return kept is None or bool(kept.end.flags & DEAD and not end.flags & DEAD)
 
     def _release(self, orphaned: _Orphaned) -> None:
         """All of it is settled."""
@@ -401,11 +363,11 @@ class Settlements:
     async def finish(self) -> None:
         """Settle what is left, as far as the store lets; the rest stays in the spool."""
         self._late = dict.fromkeys(self._pending)
-        while self._late and not self._store.away:
-            left = len(self._late)
-            await self.catch_up()
-            if len(self._late) == left:
-                break
+        left = len(self._late) + 1
+        with suppress(StoreUnavailable, redis.exceptions.ResponseError):
+            while len(self._late) < left and self._late and not self._store.away:
+                left = len(self._late)
+                await self.catch_up()
         left_over = [name for name, kept in self._pending.items() if not kept.numbers and kept.orphan is None]
         await asyncio.gather(*map(self.keep, left_over))
         if self._pending:
@@ -420,40 +382,16 @@ class _Named(msgspec.Struct):
     id: str
 
 
-# What stands in a spool.
-
-
-class _Begun(msgspec.Struct, array_like=True, tag="intent"):
-    id: str
-    organisation: str
-    intent: str
-
-
-class _Progressed(msgspec.Struct, array_like=True, tag="progress"):
-    id: str
-    progress: str
-
-
-class _Ended(msgspec.Struct, array_like=True, tag="end"):
-    id: str
-    organisation: str
-    keys: list[str]
-    words: tuple[str, str, str, Words, list[Words], int]  # as in end_of
-    counts: list[Count]
-
-    def end(self) -> End:
-        """Raises msgspec.DecodeError."""
-        if row := self.words[1]:
-            msgspec.json.decode(row, type=UsageRecord)
-        return End(self.id, (self.keys, self.words), self.organisation, [], self.counts, len(self.counts))
-
-
-_encode: Callable[[_Begun | _Progressed | _Ended], bytes] = msgspec.msgpack.Encoder().encode
-_records = msgspec.msgpack.Decoder(_Begun | _Progressed | _Ended)
-
-
-def _adopted(folder: Path, known: Container[str]) -> list[tuple[Orphan, list[bytes]]]:
-    return [(orphan, list(orphan.records())) for orphan in adopt(folder, known)]
+def _adopted(folder: Path, known: Container[str]) -> list[tuple[Orphan, list[End]]]:
+    """Spools that are adopted, and what they leave to be settled. One that cannot be read waits for another time."""
+    found = []
+    for orphan in adopt(folder, known):
+        try:
+            found.append((orphan, left_in(orphan.records())))
+        except OSError as error:
+            orphan.close()
+            _log.error("spool_unreadable", spool=orphan.name, reason=str(error))
+    return found
 
 
 def _stale(kept: _Kept) -> bool:
@@ -464,45 +402,3 @@ def _stale(kept: _Kept) -> bool:
 
 def _usage(row: UsageRecord) -> Usage:
     return Usage(row.input_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
-
-
-def _words(end: End) -> list[Words]:
-    words = end.item[1][4]
-    assert isinstance(words, list)
-    return words
-
-
-def _ends(records: Iterable[bytes]) -> list[End]:
-    """What the records of a spool leave to be settled: the end of each request, or what was known of it last."""
-    ends: dict[str, End] = {}
-    begun: dict[str, _Begun] = {}
-    progress: dict[str, str] = {}
-    for record in records:
-        try:
-            match _records.decode(record):
-                case _Ended() as ended:
-                    ends[ended.id] = ended.end()
-                case _Begun() as intent:
-                    begun[intent.id] = intent
-                case _Progressed(name, text):
-                    progress[name] = text
-        except msgspec.DecodeError as error:
-            _log.error("record_unreadable", bytes=len(record), reason=str(error))
-    now = time.time_ns() // 1_000_000
-    for name, intent in begun.items():
-        if name in ends:
-            continue
-        known = intent.intent.encode(), progress.get(name, "").encode()
-        try:
-            ends[name] = swept(name, intent.organisation, *known, now, UNRESERVED)
-        except msgspec.DecodeError as error:
-            _log.error("intent_unreadable", request_id=name, reason=str(error))
-    return list(ends.values())
-
-
-def swept(request_id: str, organisation: str, intent_text: bytes, progress_text: bytes, now_ms: int, how: int) -> End:
-    """The end of a request whose worker has died, by what was known of it. Raises msgspec.DecodeError."""
-    intent, progress = read_intent(intent_text), read_progress(progress_text)
-    row = interrupted(request_id, organisation, intent, progress, ended_ms=now_ms)
-    corrections = intent.corrections(intent.usage(progress))
-    return end_of(request_id, organisation, row, corrections, flags=DEAD | how)

@@ -375,7 +375,9 @@ def _postgres(policy: PostgresExport, environment: Mapping[str, str]) -> Sink:
     try:
         from gateway.postgres import Postgres  # only where it is asked for: psycopg is an extra
     except ImportError as error:
-        raise ValueError("psycopg is not installed: pip install model-gateway[postgres]") from error
+        raise ValueError(
+            "psycopg is not installed: install psycopg[binary] (the extra `postgres` of this package)"
+        ) from error
     dsn = _variable(environment, policy.dsn_env, "for example postgresql://user:password@host/database")
     return Postgres(dsn, policy.table)
 

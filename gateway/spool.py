@@ -299,7 +299,7 @@ class Spool:
 
     def _see_room(self, record: bytes) -> None:
         if len(record) > LONGEST:
-            raise ValueError(f"a record of {len(record)} bytes, expected at most {LONGEST}")
+            raise SpoolError(f"a record of {len(record)} bytes, expected at most {LONGEST}")
         if self._closed or self.failure:
             raise SpoolError(self.failure or "the spool is closed")
         if self.size + _HEADER + _HEAD.size + len(record) > self._most:

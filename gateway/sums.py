@@ -40,8 +40,9 @@ Bucket = tuple[Grain, int]
 class Query:
     """What a report is asked for.
 
-    `by` is what it is grouped by. `since` and `until` are seconds since 1970, or None for all there is; they are moved
-    to whole hours, outwards. `where` are the values of a dimension that count, or patterns as a shell has them.
+    `by` is what it is grouped by. `since` and `until` are seconds since 1970, or None for all there is: an hour in UTC
+    is in the span if its beginning is, so that spans beside each other share none. `where` are the values of a
+    dimension that count, or patterns as a shell has them.
 
     Times are those of `zone`. A bucket has the hours in UTC that begin in it: days have 23 to 25 of them where the
     clock is set, and where it is half an hour off, an hour of it is the one that begins at half past.
@@ -162,6 +163,11 @@ def _month_begins(number: int) -> int:
     return (date(1970 + number // 12, number % 12 + 1, 1).toordinal() - _EPOCH) * 24
 
 
+def first_hour(seconds: int) -> int:
+    """The first hour since 1970 that does not begin before a moment."""
+    return -(-seconds // 3600)
+
+
 async def running_hour(store: Store) -> int:
     """The hour since 1970 by the store's clock, which is the one that counts."""
     seconds, _ = await store.call(store.client.time)
@@ -259,8 +265,8 @@ async def report(store: Store, query: Query) -> list[Sum]:
 
 def _bounds(query: Query, now: int) -> tuple[int, int]:
     """The first hour and the one after the last."""
-    first = now - KEPT_HOURS if query.since is None else max(query.since // 3600, now - KEPT_HOURS)
-    last = now + 1 if query.until is None else min(-(-query.until // 3600), now + 1)
+    first = now - KEPT_HOURS if query.since is None else max(first_hour(query.since), now - KEPT_HOURS)
+    last = now + 1 if query.until is None else min(first_hour(query.until), now + 1)
     return first, max(first, last)
 
 

@@ -106,7 +106,7 @@ async def test_a_live_request_renews_its_seat(
     either_store_url: str, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission_module, "_RENEW_EVERY", 0.0)
-    monkeypatch.setattr(admission_module, "_SETTLE_AGAIN", 0.005)
+    monkeypatch.setattr(admission_module, "_GLANCE", 0.005)
     seat = seats(1)
     async with gateways(either_store_url) as (admission,), admission.admit(Request(terms([seat]))) as lease:
         first: Any = store.zscore(key_of(seat), lease.id)

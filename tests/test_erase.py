@@ -183,6 +183,27 @@ async def test_an_erasure_that_is_killed_anywhere_is_finished_by_the_next(
     await store.aclose()
 
 
+async def test_a_step_that_is_sent_twice_changes_nothing_more(
+    either_store_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a deadline, or by two who erase at once: each row is there once, each amount too."""
+    await filled(either_store_url, store, 60)
+    whole, count = await totals(store, "team", "day"), len([entry async for entry in rows(store, "acme")])
+    run, again = store.run, []
+
+    async def twice(*given: Any) -> Any:
+        answer = await run(*given)
+        again.append(await run(*given))
+        return answer
+
+    monkeypatch.setattr(store, "run", twice)
+    assert (await erase(store, "acme", ANN)).rows == 26
+    assert set(again) == {0}
+    assert len([entry async for entry in rows(store, "acme")]) == count
+    assert await totals(store, "team", "day") == whole
+    assert (await reconcile(store, "acme")).differences == []
+
+
 async def test_what_is_settled_meanwhile_is_not_lost_and_erased_by_the_next(
     either_store_url: str, store: Store
 ) -> None:
@@ -296,3 +317,15 @@ async def test_in_a_cluster_a_user_is_erased_where_the_organisation_is() -> None
             assert [entry.record.user async for entry in rows(store, name)] == [ERASED]
             assert (await reconcile(store, name)).differences == []
         await store.aclose()
+
+
+async def test_a_ledger_is_not_taken_for_trimmed_because_somebody_was_erased(
+    either_store_url: str, store: Store
+) -> None:
+    """Rows that were replaced are gone, too; the first hour is compared all the same."""
+    now = await running_hour(store)
+    settle(either_store_url, *((now * HOUR, record(number, user=user)) for number, user in enumerate([ANN, BOB])))
+    await erase(store, "acme", ANN)
+    with redis.Redis.from_url(either_store_url) as client:
+        client.hset(sums_key("acme", "hour", now), "[]", msgspec.msgpack.encode([1] * 6))
+    assert [one[:3] for one in (await reconcile(store, "acme")).differences] == [("hour", now, "[]")]

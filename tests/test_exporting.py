@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -104,6 +107,40 @@ def test_two_of_one_export_share_the_work_under_names_of_their_own(place: Export
         assert (one.end(), other.end()) == (0, 0)
     assert place.run("export", "archive", "--once").returncode == 0
     assert len(names()) == 2, "whoever comes next has a name that is free"
+
+
+class Picky(BaseHTTPRequestHandler):
+    """A receiver that takes no batch in which a certain event is."""
+
+    def do_POST(self) -> None:  # as http.server calls it
+        events = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.send_response(400 if "request-1" in [event["id"] for event in events] else 204)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def picky() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Picky) as server:
+        serving = Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        serving.join()
+
+
+def test_an_export_once_says_how_many_rows_were_refused_and_leaves_them_for_later(place: Exports, picky: str) -> None:
+    place.exports({"archive": {"to": "cloudevents", "url": picky, "attempts": 2}})
+    write(place.client, [record(number) for number in range(3)])
+    told = "export archive: 1 rows were refused, expected none; each is tried 2 times, once by a run, before it is a"
+    for pending, dead in ((1, 0), (0, 1)):
+        done = place.run("export", "archive", "--once")
+        assert (done.returncode, done.stderr) == (1, f"gateway: {told} dead letter\n")
+        (standing,) = place.json("exports", "list")
+        assert (standing["lag"], standing["pending"], standing["dead"]) == (0, pending, dead)
+    assert place.run("export", "archive", "--once").returncode == 0
 
 
 def test_dead_letters_are_listed_and_revived(place: Exports) -> None:

@@ -352,8 +352,13 @@ async def test_a_sink_that_fails_at_random_loses_nothing(store: Store, client: A
                 raise Rejected("not as they are")
 
     shelf = Shelf(before=fail)
-    await exporter(store, shelf, attempts=100).run(once=True)
+    runs = [exporter(store, shelf, attempts=100)]
+    await runs[-1].run(once=True)
+    while runs[-1].refused:
+        runs.append(exporter(store, shelf, attempts=100))
+        await runs[-1].run(once=True)
     assert set(shelf.ids) == set(entries)
+    assert len(runs) > 1
     assert owed(client) == set()
 
 
@@ -372,7 +377,9 @@ async def test_a_row_that_is_refused_so_often_is_buried_and_the_others_are_deliv
     entries = add(client, names("r", 15), at="1700000000000")
     shelf = Shelf(before=picky("r3"))
     with capture_logs() as lines:
-        await exporter(store, shelf).run(once=True)
+        async with running(exporter(store, shelf)), asyncio.timeout(20):
+            while not client.exists(dead_letters("acme", ARCHIVE)):
+                await asyncio.sleep(0.01)
     assert sorted(shelf.ids) == sorted(set(names("r", 15)) - {"r3"})
     (letter,) = await buried(store, ARCHIVE)
     assert (letter.organisation, letter.entry, letter.row) == ("acme", entries[3], text("r3").decode())
@@ -382,6 +389,29 @@ async def test_a_row_that_is_refused_so_often_is_buried_and_the_others_are_deliv
     assert owed(client) == set()
     told = [(line["event"], line.get("attempt")) for line in lines]
     assert told == [("export_row_refused", 1), ("export_row_refused", 2), ("export_row_buried", None)]
+
+
+async def test_once_a_refused_row_is_tried_once_by_each_run_and_buried_by_the_last(store: Store, client: Any) -> None:
+    entries = add(client, names("r", 25))
+    add(client, ["o1"], "other")
+    tries: list[str] = []
+
+    def refuse(rows: Sequence[Row]) -> None:
+        tries.extend(row.record.id for row in rows if len(rows) == 1 and row.record.id in ("r3", "r24"))
+        picky("r3", "r24")(rows)
+
+    shelf = Shelf(before=refuse)
+    for run in (1, 2, 3):
+        one = exporter(store, shelf, claim_after=0.001)  # it would be due at once
+        async with asyncio.timeout(20):
+            await one.run(once=True)
+        assert (one.refused, sorted(tries)) == (2, sorted(["r3", "r24"] * run))
+        assert owed(client) == ({entries[3], entries[24]} if run < 3 else set())
+        assert len(await buried(store, ARCHIVE)) == (0 if run < 3 else 2)
+    last = exporter(store, shelf)
+    await last.run(once=True)
+    assert last.refused == 0
+    assert sorted(shelf.ids) == sorted((set(names("r", 25)) | {"o1"}) - {"r3", "r24"})
 
 
 async def test_a_refused_row_is_tried_again_when_it_is_due_and_not_before(store: Store, client: Any) -> None:

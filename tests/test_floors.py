@@ -24,12 +24,24 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pydantic": ("language", "policy"),
     "prometheus_client": ("admin",),
     "psycopg": ("postgres",),
-    # The last three: for the name of one exception.
-    "redis": ("topology", "store", "embedded", "admission", "exports", "housekeeping"),
+    # The last four: for the name of one exception.
+    "redis": ("topology", "store", "embedded", "settlements", "admission", "exports", "housekeeping"),
     "rich": ("console",),
     "starlette": ("app", "echo", "admin"),
     "structlog": (
-        *("telemetry", "app", "store", "alerts", "spool", "settlements", "admission", "ledger", "sinks", "exports"),
+        *(
+            "telemetry",
+            "app",
+            "store",
+            "alerts",
+            "spool",
+            "ends",
+            "settlements",
+            "admission",
+            "ledger",
+            "sinks",
+            "exports",
+        ),
         *("retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
     ),
     "typer": ("console", "reports", "exporting", "cli"),

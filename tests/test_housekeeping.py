@@ -17,10 +17,10 @@ from structlog.testing import capture_logs
 
 from gateway import housekeeping
 from gateway.admission import Admission
+from gateway.ends import live_key, reservation_key
 from gateway.housekeeping import Housekeeping
 from gateway.policy import load
 from gateway.records import ORGANISATIONS, ledger_stream
-from gateway.settlements import live_key, reservation_key
 from gateway.snapshot import Snapshot
 from gateway.spool import Spool
 from gateway.usage import NOTHING, Usage
@@ -390,7 +390,7 @@ async def test_a_worker_adopts_what_another_one_left_and_nothing_is_left_of_it(
     async with without_store(either_store_url, folder) as dead:
         ended, cut_off = await serve(dead, asked()), asked(so_far=SO_FAR)
         await dead.admit(cut_off).__aenter__()
-        dead.settlements.progress(cut_off.id, "acme", msgspec.json.encode(SO_FAR).decode())
+        dead.settlements.progress(cut_off.id, msgspec.json.encode(SO_FAR).decode())
     async with gateways(either_store_url, 3, folder=folder) as three:
         async with at_work(*map(chores, three)):
             await until(lambda: store.xlen(ledger_stream("acme")) == 2 and files(folder) == [])

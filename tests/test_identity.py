@@ -145,7 +145,7 @@ def test_a_user_is_stored_under_a_key_of_its_own() -> None:
 
 @given(st.text())
 def test_a_plain_user_is_stored_as_it_is_where_a_line_can_show_it(user: str) -> None:
-    shown = len(user) <= 64 and user.isprintable()
+    shown = len(user) <= 64 and user.isprintable() and user != "erased"
     assert stored_user(SECRET, "acme", user, plain=True) == (
         user if shown else stored_user(SECRET, "acme", user, False)
     )
@@ -157,6 +157,23 @@ def test_a_plain_user_is_stored_as_it_is_where_a_line_can_show_it(user: str) -> 
 )
 def test_what_would_break_a_line_is_hashed_even_where_users_are_plain(user: str, shown: bool) -> None:
     assert (stored_user(SECRET, "acme", user, plain=True) == user) is shown
+
+
+@pytest.mark.parametrize(
+    ("user", "taken"),
+    [
+        ("erased", True),
+        ("u_5017bb07d656485afe67", True),
+        ("Erased", False),
+        ("u_5017bb07d656485afe6", False),
+        ("u_5017bb07d656485afe677", False),
+        ("u_5017BB07D656485AFE67", False),
+    ],
+)
+def test_nobody_is_called_as_the_ledger_calls_others(user: str, taken: bool) -> None:
+    stored = stored_user(SECRET, "acme", user, plain=True)
+    assert stored == (stored_user(SECRET, "acme", user, plain=False) if taken else user)
+    assert (stored != user) is taken
 
 
 def test_a_user_of_half_a_character_is_stored() -> None:

@@ -205,8 +205,9 @@ async def test_a_tail_goes_on_when_the_store_has_come_back_and_misses_nothing(st
 async def test_nothing_is_left_behind_by_a_tail_that_is_left(store: Store) -> None:
     before = asyncio.all_tasks()
     task = asyncio.ensure_future(following(store, ["acme"], asyncio.Queue()))
-    await asyncio.sleep(0.05)
-    assert len(asyncio.all_tasks()) > len(before) + 1
+    async with asyncio.timeout(10):
+        while len(asyncio.all_tasks()) <= len(before) + 1:  # it has begun to wait
+            await asyncio.sleep(0.005)
     task.cancel()
     await asyncio.wait((task,))
     assert {one for one in asyncio.all_tasks() if not one.done()} <= before

@@ -20,9 +20,10 @@ from msgspec import msgpack
 
 from gateway.charts import share, sparkline, usd
 from gateway.identity import stored_user
-from gateway.queries import Unclear, query_of
+from gateway.queries import Unclear, csv_of, query_of
 from gateway.records import COUNTERS, ERASED, Dimension, ledger_stream, sums_key
 from gateway.settings import Settings, pepper
+from gateway.sums import Query, Sum
 from tests.proving.commands import Done, Place
 from tests.proving.entries import ms, numbers, write
 from tests.proving.rows import record
@@ -95,9 +96,10 @@ def utc(text: str) -> int:
 @pytest.mark.parametrize(
     ("since", "zone", "expected"),
     [
-        ("90m", "UTC", int(NOW) - 5400),
-        ("7d", "Europe/Zurich", int(NOW) - 7 * 86400),
-        ("2w", "UTC", int(NOW) - 14 * 86400),
+        ("90m", "UTC", utc("2026-11-22T11:00")),
+        ("12h", "UTC", utc("2026-11-22T00:00")),  # the hour that it falls in
+        ("7d", "Europe/Zurich", utc("2026-11-15T12:00")),
+        ("2w", "UTC", utc("2026-11-08T12:00")),
         ("2026-11-01", "UTC", utc("2026-11-01T00:00")),
         ("2026-11-01", "Europe/Zurich", utc("2026-10-31T23:00")),
         ("2026-07-01", "Europe/Zurich", utc("2026-06-30T22:00")),
@@ -163,6 +165,11 @@ def test_months_begin_at_their_first_midnight_and_follow_on_each_other(now: int,
             {"since": "1d", "until": "2d"},
             "until",
             '"2d" is not after "1d", expected a time after since',
+        ),
+        (
+            {"since": "2026-11-01T10:10", "until": "2026-11-01T10:50"},
+            "until",
+            'no hour begins from "2026-11-01T10:10" to before "2026-11-01T10:50", expected a longer span',
         ),
     ],
 )
@@ -322,6 +329,16 @@ def test_spreadsheets_get_a_header_and_quoted_names(ledger: Ledger) -> None:
     assert '"a ""b"", c"' in done.stdout
 
 
+@pytest.mark.parametrize("begin", list("=+-@\t\r"))
+def test_a_name_that_a_spreadsheet_would_reckon_is_text(begin: str) -> None:
+    query = Query(by=("model", "user", "day"))
+    counters = dict.fromkeys(COUNTERS, -1)
+    name = begin + 'HYPERLINK("http://x")'
+    text = csv_of(query, [Sum((name, "a=b", "2026-11-01"), counters)])
+    _, line = csv.reader(io.StringIO(text, newline=""))
+    assert line == ["'" + name, "a=b", "2026-11-01", *["-1"] * len(COUNTERS)]
+
+
 def test_hours_days_and_months_are_those_of_the_zone(ledger: Ledger) -> None:
     begins = month(1, ZURICH)
     before, after = f"{month(2):%Y-%m}", f"{month(1):%Y-%m}"
@@ -330,6 +347,27 @@ def test_hours_days_and_months_are_those_of_the_zone(ledger: Ledger) -> None:
     for zone, expected in (("UTC", {before: 3}), ("Europe/Zurich", {before: 1, after: 2})):
         found = ledger.json("usage", "--by", "month", "--zone", zone)
         assert {one["month"]: one["cost_microusd"] for one in found} == expected
+
+
+def test_people_are_told_that_what_they_asked_for_is_not_kept_any_more(ledger: Ledger) -> None:
+    ledger.row(ago(2))
+    words = ("usage", "--by", "team,day", "--zone", "Asia/Kolkata")
+    kept = ago(399, 12)
+    assert not [line for line in ledger.lines(*words) if "kept" in line]
+    assert not [line for line in ledger.lines(*words, "--since", f"{kept:%Y-%m-%d}") if "kept" in line]
+    *_, legend, told = ledger.lines(*words, "--since", "2001-01-01")
+    assert "…" in legend
+    found = re.fullmatch(r"sums are kept for 400 days: what was used before (.{10} ..:30) is not in this", told)
+    assert found
+    first = datetime.fromisoformat(found[1]).replace(tzinfo=ZoneInfo("Asia/Kolkata"))
+    assert timedelta(days=400) <= datetime.now(UTC) - first <= timedelta(days=400, hours=2)
+    assert len(ledger.json("usage", "--since", "2001-01-01")) == 1, "programs get nothing but groups"
+
+
+def test_the_help_says_that_filters_are_patterns(place: Place) -> None:
+    said = " ".join(place.run("usage", "--help", COLUMNS="200").stdout.split())
+    assert said.count("a pattern as a shell has them ('a*')") == 5
+    assert "as it is stored, or a pattern of that" in said
 
 
 def test_the_span_and_every_filter_hold(ledger: Ledger) -> None:
@@ -445,6 +483,31 @@ def test_rows_are_shown_as_they_are_written_until_ctrl_c(ledger: Ledger) -> None
         assert not any("Traceback" in line for line in programs.said + people.said)
 
 
+def test_rows_of_organisations_that_come_later_are_shown_from_their_first_one(ledger: Ledger) -> None:
+    ledger.row(ago(2), id="before")
+    every, some = ("usage", "--follow", "--json"), ("usage", "--follow", "--json", "--organisation", "late*")
+    with ledger.running(*every) as all_of_them, ledger.running(*some) as late:
+        followed(ledger, 2)
+        for number, organisation in enumerate(["other", "late-1", "acme", "late-2", "late-1"]):
+            write(ledger.client, [record(number, organisation=organisation)])
+        for shown, expected in ((all_of_them, [0, 1, 2, 3, 4]), (late, [1, 3, 4])):
+            while len(shown.said) < len(expected):
+                shown.until('"id"')
+            assert {json.loads(line)["id"] for line in shown.said} == {f"request-{number}" for number in expected}
+        write(ledger.client, [record(5, organisation="late-2")])
+        for shown in (all_of_them, late):
+            assert json.loads(shown.until('"id"'))["id"] == "request-5", "each once"
+            assert shown.end(signal.SIGINT) == 0
+
+
+def test_where_nobody_was_yet_the_first_row_is_shown(ledger: Ledger) -> None:
+    with ledger.running("usage", "--follow", "--json") as shown:
+        until(lambda: any("smembers" in one["cmd"] for one in ledger.client.client_list()))
+        write(ledger.client, [record(1)])
+        assert json.loads(shown.until('"id"'))["id"] == "request-1"
+        assert shown.end() == 0
+
+
 def followed(ledger: Ledger, count: int) -> None:
     """Until so many wait for news of the ledger."""
 
@@ -515,5 +578,11 @@ def test_a_user_is_forgotten_and_the_amounts_are_kept(ledger: Ledger) -> None:
     left = {one["user"]: one["requests"] for one in ledger.json("usage", "--by", "user", "--organisation", "acme")}
     assert left == {bob: 1, ERASED: 2}
     assert ledger.json("usage", "--by", "organisation", "--user", "ann")[0]["organisation"] == "other"
-    again = ledger.json("usage", "erase", "--user", "ann", "--organisation", "acme", "--yes")
-    assert again == {"organisation": "acme", "rows": 0, "sums": 0}
+
+
+def test_a_user_who_is_nowhere_is_told_and_ends_with_1(ledger: Ledger) -> None:
+    ledger.row(ago(2), user="ann")
+    words = ("usage", "erase", "--user", "anne", "--organisation", "acme", "--yes")
+    told = "gateway: no row and no sum of acme has this user, expected one who is there\n"
+    assert wrong(ledger.run(*words)) == (1, "", told)
+    assert wrong(ledger.run(*words, "--json")) == (1, '{"organisation": "acme", "rows": 0, "sums": 0}\n', told)

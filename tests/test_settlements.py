@@ -20,9 +20,9 @@ from gateway import admission as admission_module
 from gateway import settlements as settlements_module
 from gateway import spool as spool_module
 from gateway.admission import Admission, Lease
+from gateway.ends import reservation_key
 from gateway.intents import Charges, Intent, read_progress
 from gateway.records import COUNTERS, GRAINS, Price, UsageRecord, ledger_stream
-from gateway.settlements import reservation_key
 from gateway.snapshot import Limit
 from gateway.spool import Spool, adopt
 from gateway.terms import used
@@ -302,8 +302,10 @@ async def test_of_one_that_came_so_far_the_row_says_how_far(
         await dead.admit(request).__aenter__()
         await until(lambda: ("progress", request.id) in spooled(folder))
         request.so_far = SO_FAR
-        before = len(spooled(folder))
-        await until(lambda: len(spooled(folder)) > before + 1)
+        notes = dead.settlements._notes[request.id]
+        before = notes[-1]
+        await until(lambda: notes[-1] > before + 1)
+        assert len(notes) == 2  # what is known now, and not what was known before
     async with gateways(either_store_url, folder=folder) as (heir,):
         await heir.settlements.adopt(folder)
         await until(lambda: heir.idle)

@@ -779,7 +779,8 @@ def test_a_variable_that_is_not_set_is_named(to: str, told: str, environment: di
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.delitem(sys.modules, "gateway.postgres", raising=False)
-    with pytest.raises(ValueError, match=r"^psycopg is not installed: pip install model-gateway\[postgres\]$"):
+    told = "psycopg is not installed: install psycopg[binary] (the extra `postgres` of this package)"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
         sink_of(policy("postgres"), ENVIRONMENT)
 
 

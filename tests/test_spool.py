@@ -351,7 +351,7 @@ async def test_a_full_one_says_so_early_and_then_takes_nothing(tmp_path: Path) -
 
 async def test_a_record_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
-        with pytest.raises(ValueError, match=f"{LONGEST + 1} bytes, expected at most {LONGEST}"):
+        with pytest.raises(SpoolError, match=f"{LONGEST + 1} bytes, expected at most {LONGEST}"):
             it.note(bytes(LONGEST + 1))
         await it.append(bytes(LONGEST))
     assert taken(tmp_path) == [bytes(LONGEST)]

@@ -174,6 +174,14 @@ def test_days_on_which_the_clock_is_set_have_the_hours_that_they_have(zone: str,
     assert found.get(day, 0) == length
 
 
+def test_a_clock_that_is_set_back_by_half_an_hour_has_an_hour_more() -> None:
+    first = int(datetime(2017, 4, 1, 14, tzinfo=UTC).timestamp()) // 3600
+    assert [names for names, _, _ in spans(["hour"], first, first + 2, ZoneInfo("Australia/Lord_Howe"))] == [
+        ("2017-04-02T01:00+11:00",),
+        ("2017-04-02T01:00+10:30",),
+    ]
+
+
 def test_two_hours_of_the_same_number_have_two_names() -> None:
     first = int(datetime(2026, 10, 25, 0, tzinfo=UTC).timestamp()) // 3600
     assert [names for names, _, _ in spans(["hour"], first, first + 2, ZoneInfo("Europe/Zurich"))] == [
@@ -210,7 +218,7 @@ def some(rnd: random.Random, now: int, count: int) -> Iterator[Entry]:
         row = record(
             number,
             organisation=rnd.choice(["acme", "zoo"]),
-            team=rnd.choice(["red", "blue", "re*"]),
+            team=rnd.choice(["red", "blue", "re*", "[a]"]),
             key=rnd.choice(["k1", "k2"]),
             user=rnd.choice([None, "ann", 'quo"te|é']),
             model=rnd.choice(["llama-8b", "llama-70b", "qwen"]),
@@ -229,7 +237,7 @@ def expected(entries: Sequence[Entry], query: Query, wanted: dict[str, set[str]]
         text = at.isoformat()
         values: dict[str, str] = {name: getattr(row, name) or "" for name in DIMENSIONS}
         values.update(hour=f"{text[:13]}:00{text[19:]}", day=text[:10], month=text[:7])
-        if query.since is not None and (hour + 1) * 3600 <= query.since:
+        if query.since is not None and hour * 3600 < query.since:
             continue
         if query.until is not None and hour * 3600 >= query.until:
             continue
@@ -261,6 +269,7 @@ async def test_a_report_says_what_the_rows_say(either_store_url: str, store: Sto
     wheres: list[tuple[dict[Any, frozenset[str]], dict[str, set[str]]]] = [
         ({}, {}),
         ({"team": frozenset({"re*"})}, {"team": {"red", "re*"}}),
+        ({"team": frozenset({"[a]"})}, {"team": {"[a]"}}),
         ({"model": frozenset({"llama-*"})}, {"model": {"llama-8b", "llama-70b"}}),
         ({"key": frozenset({"k1"}), "user": frozenset({"ann", ""})}, {"key": {"k1"}, "user": {"ann", ""}}),
         ({"organisation": frozenset({"zoo"}), "pool": frozenset({"q"})}, {"organisation": {"zoo"}, "pool": {"q"}}),
@@ -288,6 +297,24 @@ async def test_a_row_at_the_end_of_a_month_is_in_that_month(either_store_url: st
     for since, until, told in ((begin, None, 102), (None, begin, 101), (begin - 1, begin, 101)):
         query = Query((), None if since is None else since * 3600, None if until is None else until * 3600)
         assert [one.counters["input_tokens"] for one in await report(store, query)] == [told]
+
+
+@pytest.mark.parametrize("zone", ["Asia/Kolkata", "Asia/Kathmandu", "America/St_Johns", "UTC"])
+async def test_spans_that_follow_on_each_other_share_no_hour_and_lack_none(
+    either_store_url: str, store: Store, zone: str
+) -> None:
+    now = await running_hour(store)
+    keep(either_store_url, [entry(hour, record(requests=1)) for hour in range(now - 72, now)])
+    midnight = datetime.fromtimestamp((now - 24) * 3600, ZoneInfo(zone)).replace(hour=0, minute=0)
+    at = int(midnight.timestamp())
+    begin, end = (now - 72) * 3600, now * 3600
+    spans_of_time = [(begin, end), (begin, at), (at, end)]
+    whole, before, after = [
+        sum(one.counters["requests"] for one in await report(store, Query((), *span))) for span in spans_of_time
+    ]
+    assert (whole, before + after) == (72, 72)
+    (day,) = await report(store, Query(("day",), at, min(at + 86400, end), zone=ZoneInfo(zone)))
+    assert day.group == (f"{midnight:%Y-%m-%d}",), "the hours of a day are those of its span"
 
 
 async def test_a_report_begins_with_what_is_first_and_then_with_what_costs_most(

@@ -18,11 +18,12 @@ local replies, index = {}, 1
 for number, request in ipairs(requests) do
   local id, progress, seats, intent = unpack(request)
   local reservation, live = KEYS[index], KEYS[index + 1]
-  local value = redis.pcall('GET', reservation)
+  local stored = redis.pcall('GET', reservation)
+  local value = stored
   if not value and intent ~= '' then value = '0 ' .. intent .. '\n' end
   local known = type(value) == 'string' and string.match(value, '^%d+ [^\n]*\n')
   if known then
-    redis.call('SET', reservation, known .. progress, 'PX', reservation_ms)
+    if stored ~= known .. progress then redis.call('SET', reservation, known .. progress, 'PX', reservation_ms) end
     redis.pcall('ZADD', live, expiry, id)
     replies[number] = 0
   else

@@ -176,6 +176,21 @@ local function correct(first, corrections, id, at, flags, reply)
   end
 end
 
+local last_hour, last_ledger, last_sums
+
+-- The keys of the sums of an hour since 1970; nearly all rows of a batch have the same.
+local function sums_of(ledger, hour)
+  if hour ~= last_hour or ledger ~= last_ledger then
+    local day = floor(hour / 24)
+    last_hour, last_ledger, last_sums = hour, ledger, {
+      ledger .. format(':hour:%.0f', hour),
+      ledger .. format(':day:%.0f', day),
+      ledger .. format(':month:%.0f', month(day)),
+    }
+  end
+  return last_sums
+end
+
 local function add(key, field, counters)
   local fields = sums[key] or {}
   local sum = fields[field] or {0, 0, 0, 0, 0, 0}
@@ -207,15 +222,14 @@ for number, request in ipairs(requests) do
     else
       reply[1] = SETTLED
       local at = before and tonumber(string.match(before, '^%d+'))
-      correct(first, corrections, id, at ~= 0 and at, flags, reply)
+      -- A count that another version wrote may be no count to this one: the row stands, and stands once.
+      pcall(correct, first, corrections, id, at ~= 0 and at, flags, reply)
       if row == '' then
         marks[reservation] = GONE
       else
-        local hour = floor(tonumber(string.match(entry, '^%d+')) / 3600000)
-        local day = floor(hour / 24)
-        add(ledger .. format(':hour:%.0f', hour), field, counters)
-        add(ledger .. format(':day:%.0f', day), field, counters)
-        add(ledger .. format(':month:%.0f', month(day)), field, counters)
+        for _, key in ipairs(sums_of(ledger, floor(tonumber(string.match(entry, '^%d+')) / 3600000))) do
+          add(key, field, counters)
+        end
         marks[reservation] = flags >= 2 and DEAD .. row or DONE
       end
     end

@@ -108,9 +108,9 @@ class Served:
 
     def usage(self, user: str) -> dict[str, int]:
         """What the command line tells of this user."""
-        sums: list[dict[str, Any]] = self._command("usage", "--by", "user", *self._options[:2])
-        (found,) = [{name: n for name, n in s.items() if name != "user"} for s in sums if s["user"] == user]
-        return found
+        found: list[dict[str, int]] = self._command("usage", "--by", "", "--user", user, *self._options[:2])
+        (sums,) = found
+        return sums
 
     def _command(self, *words: str) -> Any:
         command = [sys.executable, "-m", "gateway", *words, "--json"]

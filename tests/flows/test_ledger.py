@@ -238,7 +238,7 @@ async def two_teams(url: str) -> AsyncIterator[tuple[Backend, House, str, str]]:
 
 
 def shut(house: House, how: str) -> None:
-    spool = house.gateway.spool
+    spool = house.gateway.admission.settlements._spool
     if how == "unwritable":
         spoil(house.settings.spools)
     while how == "full" and not spool.full:
@@ -261,9 +261,9 @@ async def test_without_a_store_and_a_spool_a_billed_team_is_refused_before_the_b
         dying.process.kill()
         await until(lambda: house.gateway.store.away)
         assert await asks(house, billed) == 200  # it can be written down
-        await until(lambda: len(house.gateway.spool) == 2)
-        for number in list(house.gateway.spool._where):
-            house.gateway.spool.done(number)  # so that the folder is free
+        await until(lambda: len(house.gateway.admission.settlements._spool) == 2)
+        for number in list(house.gateway.admission.settlements._spool._where):
+            house.gateway.admission.settlements._spool.done(number)  # so that the folder is free
         shut(house, how)
         before = len(backend.requests)
         began = time.monotonic()
@@ -284,7 +284,7 @@ async def test_while_the_store_answers_nobody_needs_a_spool(store_url: str, how:
     async with two_teams(store_url) as (_, house, billed, free):
         shut(house, how)
         async with asyncio.timeout(SOON):
-            while await house.gateway.spool.probe() != (how == "full"):  # it tries once a second
+            while await house.gateway.admission.settlements._spool.probe() != (how == "full"):  # it tries once a second
                 await asyncio.sleep(0.05)
         assert [await asks(house, key) for key in (billed, free)] == [200, 200]
         status, reasons = await ready(house)
@@ -293,7 +293,7 @@ async def test_while_the_store_answers_nobody_needs_a_spool(store_url: str, how:
         )
         if how == "unwritable":
             mend(house.settings.spools)
-            await until(lambda: not house.gateway.spool.failure)
+            await until(lambda: not house.gateway.admission.settlements._spool.failure)
             assert await ready(house) == (200, "")
         await house.settled()
     assert [row["requests"] for row in rows(store_url)] == [1, 1]

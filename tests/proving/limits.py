@@ -159,7 +159,11 @@ async def gateways(
     own = tempfile.TemporaryDirectory(prefix="gw-")
     spools = [Spool(folder or Path(own.name), most=most) for _ in stores]
     admissions = [Admission(store, spool, reached) for store, spool in zip(stores, spools, strict=True)]
-    tasks = [asyncio.ensure_future(admission.keep_up()) for admission in admissions]
+    tasks = [
+        asyncio.ensure_future(work)
+        for admission in admissions
+        for work in (admission.keep_up(), admission.settlements.keep_up())
+    ]
     try:
         await until(lambda: all(admission._told[0] for admission in admissions))
         yield admissions

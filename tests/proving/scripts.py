@@ -13,9 +13,9 @@ from zoneinfo import ZoneInfo
 import msgspec
 import redis
 
+from gateway.ends import live_key, reservation_key
 from gateway.language import Count
 from gateway.records import ledger_stream
-from gateway.settlements import live_key, reservation_key
 from gateway.snapshot import Limit, windows_around
 from gateway.store import Script
 from tests.proving.limits import everything, key_of
