@@ -52,6 +52,7 @@ def export(
 ) -> None:
     """Deliver the ledger's rows where an export of the policies says, until SIGTERM or Ctrl-C."""
     from gateway import telemetry
+    from gateway.settlements import FORGETS
     from gateway.sinks import sink_of
 
     settings = read_settings(policies=policies, state=state)
@@ -64,7 +65,15 @@ def export(
 
     async def deliver(store: Store) -> None:
         with _consumer(settings.state, name) as consumer:
-            exporter = Exporter(store, name, sink, consumer=consumer, batch=policy.batch, attempts=policy.attempts)
+            exporter = Exporter(
+                store,
+                name,
+                sink,
+                consumer=consumer,
+                batch=policy.batch,
+                attempts=policy.attempts,
+                hold_back=FORGETS,
+            )
             ended = await until_signalled(_deliver(exporter, name, once=once))
         if once and not ended:
             fail(f"export {name} was ended before everything was delivered", WRONG)

@@ -69,6 +69,8 @@ class Exporter:
 
     `batch` rows are delivered at once at most, each is tried `attempts` times (at least twice if whoever had it died),
     and `claim_after` seconds after it was last tried a row is due again, whoever had it: longer than a delivery takes.
+    Rows are `hold_back` seconds old before they are delivered: a store that is killed may forget younger ones, and be
+    told of them in other words.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Exporter:
         batch: int,
         attempts: int,
         claim_after: float = 60.0,
+        hold_back: float = 0.0,
     ) -> None:
         self._store = store
         self._client = store.client
@@ -90,6 +93,7 @@ class Exporter:
         self._batch = batch
         self._attempts = attempts
         self._claim_after = claim_after
+        self._hold_back = hold_back
         self._absence = _Absence(name)
         self._bury_script = Script("bury")
         self._known: set[str] = set()  # organisations
@@ -293,9 +297,24 @@ class Exporter:
                     taken.append(_Taken(stream, _row(entry.decode(), fields)))
                 except (msgspec.MsgspecError, ValueError) as unreadable:
                     await self._bury(stream, entry.decode(), f"cannot be read: {unreadable}")
+        taken = await self._kept(taken)
         for first in range(0, len(taken), self._batch):
             await self._hand_over(taken[first : first + self._batch], tried)
         return sum(map(len, news.values()))
+
+    async def _kept(self, taken: list[_Taken]) -> list[_Taken]:
+        """Those of these rows that are still there when they are as old as what a store may forget."""
+        youngest = max((int(row.entry.partition("-")[0]) for _, row in taken), default=0)
+        wait = self._hold_back - (time.time() - youngest / 1000)
+        if wait <= 0:
+            return taken
+        await asyncio.sleep(min(wait, self._hold_back))
+        there: set[tuple[str, str]] = set()
+        for stream in {one.stream for one in taken}:
+            entries = [one.row.entry for one in taken if one.stream == stream]
+            some = partial(self._client.xrange, stream, min=entries[0], max=entries[-1])
+            there |= {(stream, entry.decode()) for entry, _ in await self._store.call(some)}
+        return [one for one in taken if (one.stream, one.row.entry) in there]
 
     async def _hand_over(self, taken: list[_Taken], tried: int) -> int:
         """How many of these rows the sink has, after all was tried that can be now."""

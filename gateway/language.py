@@ -627,7 +627,7 @@ class JsonLinesExport(_Document):
 class PostgresExport(_Document):
     """Rows of a table of PostgreSQL, which is made, with a partition for each month."""
 
-    to: Literal["postgres"] = Field(description="a database; needs `pip install model-gateway[postgres]`")
+    to: Literal["postgres"] = Field(description="a database; needs psycopg, the extra `postgres` of this package")
     dsn_env: str = Field(description="the environment variable that says how to connect: postgresql://…")
     table: TableName = Field("usage", description="its name, in a schema or not")
     batch: int = Field(100, ge=1, le=1000, description=_TOGETHER)

@@ -78,7 +78,7 @@ def _moment(name: str, text: str, zone: ZoneInfo, now: float) -> int:
     ago = re.fullmatch(r"([0-9]{1,5})([mhdw])", text)
     try:
         if ago:
-            return (int(now) - int(ago[1]) * _UNITS[ago[2]])
+            return (int(now) - int(ago[1]) * _UNITS[ago[2]]) // 3600 * 3600
         this_month = datetime.fromtimestamp(now, zone).replace(day=1, hour=0, minute=0, second=0, microsecond=0, fold=0)
         if text == "this-month":
             at = this_month

@@ -42,7 +42,7 @@ _AGAIN = 0.2  # seconds
 _NOTED = 16  # at a time, some 2 ms
 # What a store that is lost may have forgotten of what it acknowledged, in seconds: Valkey puts off writing its file for
 # up to two while the disk is busy.
-_FORGETS = 5.0
+FORGETS = 5.0
 # About 1.5 KiB each. Whoever would add one more is refused before a backend is asked: what is not written down is lost.
 MOST = 100_000
 
@@ -192,7 +192,7 @@ class Settlements:
             self._doubt()  # before anything is forgotten here that the store may have forgotten
             now = time.monotonic()
             self._settled.append((now, end))
-            while now - self._settled[0][0] > _FORGETS:
+            while now - self._settled[0][0] > FORGETS:
                 self._settled.popleft()
 
     def _correct(self, kept: _Kept, text: str) -> None:
@@ -274,7 +274,7 @@ class Settlements:
         if self._losses == self._store.losses:
             return
         self._losses = self._store.losses
-        since = self._store.lost - _FORGETS
+        since = self._store.lost - FORGETS
         wall = time.time() - time.monotonic()
         for at, end in self._settled:
             if at >= since and end.id not in self._pending:

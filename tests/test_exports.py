@@ -186,6 +186,21 @@ async def test_a_sink_gets_the_row_as_stored_with_its_entry_and_its_time(store: 
     assert (shelf.rows[1].entry, shelf.rows[1].written_ms) == (second, 1_700_000_000_123)
 
 
+async def test_what_the_store_forgets_while_it_is_held_back_is_not_delivered(store: Store, client: Any) -> None:
+    """It is told again, and perhaps in other words."""
+    entries = add(client, names("a", 3))
+    shelf = Shelf()
+    await ensure(store, ["acme"], [ARCHIVE])
+    async with running(exporter(store, shelf, hold_back=1.0)):
+        while client.xpending(ledger_stream("acme"), ARCHIVE)["pending"] < 3:
+            await asyncio.sleep(0.01)
+        client.xdel(ledger_stream("acme"), entries[1])
+        await shelf.until(lambda: len(shelf.ids) >= 2)
+        add(client, ["a1"])
+        await shelf.until(lambda: len(shelf.ids) >= 3)
+    assert shelf.ids == ["a0", "a2", "a1"]
+
+
 async def test_progress_counts_up_to_what_was_to_do(store: Store, client: Any) -> None:
     add(client, names("r", 25))
     told: list[Progress] = []
