@@ -177,8 +177,9 @@ class Settlements:
 
     def _acknowledged(self, kept: _Kept) -> None:
         end = kept.end
-        if self._pending.pop(end.id, None) is None:
+        if self._pending.get(end.id) is not kept:  # it was before, or somebody knows more of it by now
             return
+        del self._pending[end.id]
         self._late.pop(end.id, None)
         for number in (*kept.numbers, *self._notes.pop(end.id, ())):
             self._spool.done(number)
