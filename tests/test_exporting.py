@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -13,12 +14,17 @@ from typing import Any
 import pytest
 import redis
 
-from gateway.records import dead_letters, ledger_stream
+from gateway.records import UsageRecord, dead_letters, ledger_stream
+from tests.proving import entries
 from tests.proving.commands import Place
-from tests.proving.entries import write
 from tests.proving.house import DOCUMENTS
 from tests.proving.rows import record
 from tests.proving.stores import until
+
+
+def write(client: redis.Redis, records: Iterable[UsageRecord]) -> list[str]:
+    """Rows that are old enough to be delivered at once."""
+    return entries.write(client, records, time.time_ns() // 1_000_000 - 10_000)
 
 
 class Exports(Place):
