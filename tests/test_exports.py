@@ -191,14 +191,12 @@ async def test_what_the_store_forgets_while_it_is_held_back_is_not_delivered(sto
     entries = add(client, names("a", 3))
     shelf = Shelf()
     await ensure(store, ["acme"], [ARCHIVE])
-    async with running(exporter(store, shelf, hold_back=1.0)):
+    async with running(exporter(store, shelf, hold_back=4.0)):
         while client.xpending(ledger_stream("acme"), ARCHIVE)["pending"] < 3:
             await asyncio.sleep(0.01)
         client.xdel(ledger_stream("acme"), entries[1])
         await shelf.until(lambda: len(shelf.ids) >= 2)
-        add(client, ["a1"])
-        await shelf.until(lambda: len(shelf.ids) >= 3)
-    assert shelf.ids == ["a0", "a2", "a1"]
+    assert shelf.ids == ["a0", "a2"]
 
 
 async def test_progress_counts_up_to_what_was_to_do(store: Store, client: Any) -> None:
