@@ -12,7 +12,7 @@ import structlog
 from gateway.counts import Words
 from gateway.intents import interrupted, read_intent, read_progress
 from gateway.language import Count
-from gateway.records import UsageRecord, group_of, ledger_stream
+from gateway.records import UsageRecord, counted, group_of, ledger_stream
 from gateway.store import Item
 from gateway.terms import Charge
 
@@ -85,23 +85,11 @@ def end_of(
     counters: Words = ()
     if record is not None:
         row, field = msgspec.json.encode(record).decode(), group_of(record)
-        counters = _counters(record)
+        counters = counted(record)
     charges = charges or []
     counts = [charge.limit.count for charge, _ in charges]
     item = (keys, (request_id, row, field, counters, words, flags))
     return End(request_id, item, organisation, charges, counts, len(words) if needed is None else needed)
-
-
-def _counters(record: UsageRecord) -> Words:
-    """What the sums grow by, in the order of records.COUNTERS."""
-    return (
-        record.requests,
-        record.input_tokens,
-        record.cached_tokens,
-        record.output_tokens,
-        record.reasoning_tokens,
-        record.cost_microusd,
-    )
 
 
 def reservation_key(organisation: str, request_id: str) -> str:

@@ -6,11 +6,13 @@ store is away, the worker's spool holds both. Either way a row can be written wi
 
 from __future__ import annotations
 
+from operator import sub
+
 import msgspec
 
 from gateway.counts import Words
 from gateway.language import Count
-from gateway.records import Price, Source, UsageRecord
+from gateway.records import COUNTERS, Price, Source, UsageRecord, counted
 from gateway.terms import used
 from gateway.usage import Progress, Usage
 
@@ -123,14 +125,5 @@ def correction_id(request_id: str) -> str:
 
 def correction(late: UsageRecord, charged: UsageRecord) -> UsageRecord:
     """The difference between what a request used after all, and what was charged when its worker seemed dead."""
-    return msgspec.structs.replace(
-        late,
-        id=correction_id(late.id),
-        status="correction",
-        requests=late.requests - charged.requests,
-        input_tokens=late.input_tokens - charged.input_tokens,
-        cached_tokens=late.cached_tokens - charged.cached_tokens,
-        output_tokens=late.output_tokens - charged.output_tokens,
-        reasoning_tokens=late.reasoning_tokens - charged.reasoning_tokens,
-        cost_microusd=late.cost_microusd - charged.cost_microusd,
-    )
+    differences = dict(zip(COUNTERS, map(sub, counted(late), counted(charged)), strict=True))
+    return msgspec.structs.replace(late, id=correction_id(late.id), status="correction", **differences)

@@ -14,7 +14,17 @@ import msgspec
 import structlog
 
 from gateway.errors import StoreUnavailable
-from gateway.records import COUNTERS, GRAINS, ORGANISATIONS, Grain, UsageRecord, group_of, ledger_stream, sums_key
+from gateway.records import (
+    COUNTERS,
+    GRAINS,
+    ORGANISATIONS,
+    Grain,
+    UsageRecord,
+    counted,
+    group_of,
+    ledger_stream,
+    sums_key,
+)
 from gateway.store import Store, leaving
 from gateway.sums import KEPT_HOURS, bucket, counters_of, groups, hours, running_hour
 from gateway.topology import Failures
@@ -178,14 +188,10 @@ def fold(entries: Iterable[Entry]) -> Folded:
     """The sums that rows make, for each hour, day and month: what the sums must be equal to."""
     folded: Folded = {}
     for entry in entries:
-        hour, group, counters = entry.written_ms // HOUR_MS, group_of(entry.record), _counters(entry.record)
+        hour, group, counters = entry.written_ms // HOUR_MS, group_of(entry.record), counted(entry.record)
         for grain in GRAINS:
             _add(folded.setdefault((grain, bucket(grain, hour)), {}), group, counters)
     return folded
-
-
-def _counters(record: UsageRecord) -> tuple[int, ...]:
-    return tuple(getattr(record, counter) for counter in COUNTERS)
 
 
 def _add(into: dict[str, list[int]], group: str, counters: Iterable[int]) -> None:
@@ -298,7 +304,7 @@ class _Comparison:
             for key in self._places(entry):
                 if key in self._apart:
                     by_rows, by_sums = self._apart.pop(key)
-                    by_rows = _plus(by_rows, _counters(entry.record))
+                    by_rows = _plus(by_rows, counted(entry.record))
                     if by_rows != by_sums:
                         self._apart[key] = (by_rows, by_sums)
 
@@ -331,10 +337,10 @@ class _Comparison:
         self.moved += entry.erased
         for grain, number, group in self._places(entry):
             if number == bucket(grain, self._at):
-                _add(self._open[grain], group, _counters(entry.record))
+                _add(self._open[grain], group, counted(entry.record))
             else:
                 by_rows, by_sums = self._apart.get((grain, number, group), (_NOTHING, _NOTHING))
-                self._apart[grain, number, group] = _plus(by_rows, _counters(entry.record)), by_sums
+                self._apart[grain, number, group] = _plus(by_rows, counted(entry.record)), by_sums
 
     def _places(self, entry: Entry) -> Iterable[tuple[Grain, int, str]]:
         hour, group = entry.written_ms // HOUR_MS, group_of(entry.record)

@@ -6,6 +6,8 @@ paused, a row of status `correction` holds the difference to what was used after
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Literal, get_args
 
 import msgspec
@@ -75,6 +77,10 @@ def ledger_stream(organisation: str) -> str:
     """The stream of an organisation's rows: entries with one field, `row`, of JSON; an entry that replaces an erased
     one has a second, `at`, the time in ms since 1970 that the first one had."""
     return f"{{{organisation}}}:usage"
+
+
+# What the sums grow by with a row, in the order of COUNTERS.
+counted: Callable[[UsageRecord], tuple[int, ...]] = attrgetter(*COUNTERS)
 
 
 def dead_letters(organisation: str, export: str) -> str:

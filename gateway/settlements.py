@@ -181,7 +181,8 @@ class Settlements:
             return
         del self._pending[end.id]
         self._late.pop(end.id, None)
-        for number in (*kept.numbers, *self._notes.pop(end.id, ())):
+        self.forget(end.id)
+        for number in kept.numbers:
             self._spool.done(number)
         if kept.orphan is not None:
             kept.orphan.left -= 1

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import redis
 
-from gateway.records import COUNTERS, ORGANISATIONS, Grain, UsageRecord, group_of, ledger_stream, sums_key
+from gateway.records import COUNTERS, ORGANISATIONS, Grain, UsageRecord, counted, group_of, ledger_stream, sums_key
 
 
 def ms(text: str) -> int:
@@ -41,5 +41,5 @@ def write(client: redis.Redis, records: Iterable[UsageRecord], at_ms: int | None
 def _add(client: redis.Redis, key: str, record: UsageRecord) -> None:
     held = client.hget(key, group_of(record))
     before = msgspec.msgpack.decode(held) if isinstance(held, bytes) else [0] * len(COUNTERS)
-    after = [old + getattr(record, counter) for old, counter in zip(before, COUNTERS, strict=True)]
+    after = [old + by for old, by in zip(before, counted(record), strict=True)]
     client.hset(key, group_of(record), msgspec.msgpack.encode(after))
