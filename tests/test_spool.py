@@ -28,6 +28,7 @@ from structlog.testing import capture_logs
 
 from gateway import spool
 from gateway.spool import LONGEST, MIB, Damage, Orphan, Spool, SpoolError, adopt, crc32c
+from tests.proving.stores import small_disk
 
 pytestmark = pytest.mark.anyio
 
@@ -359,15 +360,8 @@ async def test_a_record_that_no_reader_would_take_is_not_written(tmp_path: Path)
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    """A folder with one megabyte."""
-    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-        if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-            pytest.skip("only who may mount a small disk can fill it")
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
+    with small_disk() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -919,24 +919,11 @@ async def test_r16_with_none_they_go_without_until_there_is_one(either: Kept) ->
         assert len(await it.right(either.url)) == 13
 
 
-@contextmanager
-def small_disk() -> Iterator[Path]:
-    """A folder with one megabyte."""
-    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-        if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-            pytest.skip("only who may mount a small disk can fill it")
-        try:
-            yield Path(folder)
-        finally:
-            subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.mark.parametrize("binary", ["valkey", "redis7"])
 async def test_r17_a_store_whose_disk_is_full_is_done_without(binary: str) -> None:
     """It refuses to write (MISCONF) until there is room again; then the ledger has everything."""
     server = _server_binary() if binary == "valkey" else debian()
-    with small_disk() as disk, node(server, dir=disk, appendonly="yes", appendfsync="everysec") as store:
+    with stores.small_disk() as disk, node(server, dir=disk, appendonly="yes", appendfsync="everysec") as store:
         async with case(store.url) as it:
             await it.asked(5)
             async with it.stream():

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -258,3 +259,16 @@ def _replicates(one: Node, primary: str) -> bool:
 
 def _has_replicas(asked: Node) -> bool:
     return sorted(len(entry) for entry in asked.ask("CLUSTER", "SLOTS")) == [4, 4, 4]
+
+
+@contextmanager
+def small_disk() -> Iterator[Path]:
+    """A folder with one megabyte."""
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+        if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+            pytest.skip("only who may mount a small disk can fill it")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
