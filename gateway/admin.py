@@ -49,8 +49,12 @@ from gateway.ledger import organisations
 from gateway.queries import BY, Unclear, csv_of, leading, objects, query_of, with_users
 from gateway.records import DIMENSIONS, ledger_stream
 from gateway.settings import Settings, admin_key, pepper
-from gateway.store import Store, StoreError
-from gateway.sums import report
+from gateway.store import Store, StoreError, leaving
+from gateway.sums import report, roll_up
+
+_ROLL_UP_EVERY = 600  # seconds
+
+_log = structlog.get_logger("gateway.admin")
 
 _FORMATS = ("json", "csv")
 _ONCE = ("by", "since", "until", "zone", "top", "format")
@@ -145,10 +149,23 @@ class Admin:
 async def opened(settings: Settings, store_url: str) -> AsyncIterator[Starlette]:
     """The control plane with its store open."""
     store = Store(store_url, deadline=PATIENCE)
+    rolling = asyncio.ensure_future(_roll_up(store))
     try:
         yield Admin(store, admin_key(settings), pepper(settings), settings.spools).app()
     finally:
+        rolling.cancel()
+        await asyncio.wait((rolling,))
         await store.aclose()
+
+
+async def _roll_up(store: Store) -> None:
+    """Add up what has ended soon after it has, so that nobody who asks for a year waits for it."""
+    while not leaving():
+        await asyncio.sleep(_ROLL_UP_EVERY)
+        try:
+            await roll_up(store)
+        except (StoreUnavailable, StoreError) as failure:
+            _log.warning("not_rolled_up", reason=type(failure).__name__)
 
 
 async def serve(settings: Settings, store_url: str, listener: socket) -> None:
@@ -159,7 +176,7 @@ async def serve(settings: Settings, store_url: str, listener: socket) -> None:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5
         )
-        structlog.get_logger("gateway.admin").info("serving", host=host, port=port, key=key)
+        _log.info("serving", host=host, port=port, key=key)
         await uvicorn.Server(config).serve([listener])
 
 

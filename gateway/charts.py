@@ -9,7 +9,7 @@ from math import ceil
 from typing import NamedTuple
 
 from gateway.console import table
-from gateway.queries import lasting, tokens_of
+from gateway.queries import cost_of, lasting, tokens_of
 from gateway.records import COUNTERS, GRAINS, Dimension, Grain
 from gateway.sums import Query, Sum
 
@@ -60,14 +60,14 @@ def draw(query: Query, sums: Sequence[Sum], others: Sequence[Sum], note: str = "
 
 def _weight(sums: Sequence[Sum]) -> tuple[_Weigh, str]:
     """What groups are compared by: dollars; where nothing costs anything, tokens."""
-    costly = any(one.counters["cost_microusd"] for one in sums)
+    costly = any(map(cost_of, sums))
     if costly:
-        return lambda members: sum(one.counters["cost_microusd"] for one in members), "USD"
+        return lambda members: sum(map(cost_of, members)), "USD"
     return lambda members: sum(map(tokens_of, members)), "tokens"
 
 
 def _amounts(members: Sequence[Sum]) -> list[str]:
-    totals = [sum(one.counters[counter] for one in members) for counter in COUNTERS]
+    totals = [sum(one.amounts[place] for one in members) for place in range(len(COUNTERS))]
     return [*(f"{total:,}" for total in totals[:-1]), usd(totals[-1])]
 
 

@@ -13,9 +13,10 @@ from functools import partial
 
 import msgspec
 
-from gateway.records import ERASED, GRAINS, Grain, dead_letters, ledger_stream, sums_key
+from gateway.buckets import KEPT_HOURS, Bucket, bucket, finer
+from gateway.records import ERASED, GRAINS, Grain, dead_letters, erasures, ledger_stream, sums_key
+from gateway.rollups import groups, running_hour
 from gateway.store import Arg, Script, Store
-from gateway.sums import KEPT_HOURS, Bucket, bucket, finer, groups, running_hour
 
 _PAGE = 1000
 _STEP = 100  # entries or groups that one call of the script changes
@@ -126,7 +127,7 @@ class _Erasure:
         return merged if (grain, number) in running else merged + await self._merge([(grain, number)], there)
 
     async def _merge(self, buckets: Sequence[Bucket], those: Sequence[bytes]) -> int:
-        keys = [sums_key(self._organisation, *one) for one in buckets]
+        keys = [erasures(self._organisation), *(sums_key(self._organisation, *one) for one in buckets)]
         return await self._run("sums", keys, [(group, _without_user(group)) for group in those])
 
     async def _run(self, step: str, keys: Sequence[str], changes: Sequence[tuple[Arg, ...]]) -> int:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
+from gateway.buckets import KEPT_HOURS, bucket, hours
 from gateway.errors import StoreUnavailable
 from gateway.records import (
     COUNTERS,
@@ -25,8 +26,8 @@ from gateway.records import (
     ledger_stream,
     sums_key,
 )
+from gateway.rollups import counters_of, groups, running_hour
 from gateway.store import Store, leaving
-from gateway.sums import KEPT_HOURS, bucket, counters_of, groups, hours, running_hour
 from gateway.topology import Failures
 
 HOUR_MS = 3_600_000

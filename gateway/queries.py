@@ -10,12 +10,13 @@ from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
 from zoneinfo import ZoneInfo
 
+from gateway.buckets import first_hour
 from gateway.identity import is_stored_user, stored_user
 from gateway.keys import KeyRing
 from gateway.ledger import organisations
 from gateway.records import COUNTERS, DIMENSIONS, GRAINS, Dimension, Grain, UsageRecord
 from gateway.store import Store
-from gateway.sums import Query, Sum, first_hour
+from gateway.sums import Query, Sum
 
 Where = Mapping[Dimension, frozenset[str]]
 
@@ -138,7 +139,7 @@ def leading(query: Query, sums: Sequence[Sum], most: int) -> tuple[list[Sum], li
     costs: dict[tuple[str, ...], tuple[int, int]] = {}
     for one in sums:
         cost, tokens = costs.get(group := lasting(query, one), (0, 0))
-        costs[group] = (cost + one.counters["cost_microusd"], tokens + tokens_of(one))
+        costs[group] = (cost + cost_of(one), tokens + tokens_of(one))
     first = set(sorted(costs, key=lambda group: (costs[group], group), reverse=True)[:most])
     return (
         [one for one in sums if lasting(query, one) in first],
@@ -153,7 +154,15 @@ def lasting(query: Query, one: Sum) -> tuple[str, ...]:
 
 
 def tokens_of(one: Sum) -> int:
-    return one.counters["input_tokens"] + one.counters["output_tokens"]
+    return one.amounts[_INPUT] + one.amounts[_OUTPUT]
+
+
+def cost_of(one: Sum) -> int:
+    """Micro-dollars."""
+    return one.amounts[_COST]
+
+
+_INPUT, _OUTPUT, _COST = map(COUNTERS.index, ("input_tokens", "output_tokens", "cost_microusd"))
 
 
 def objects(query: Query, sums: Sequence[Sum]) -> list[dict[str, object]]:
@@ -171,7 +180,7 @@ def csv_of(query: Query, sums: Sequence[Sum]) -> str:
     text = io.StringIO()
     lines = csv.writer(text)
     lines.writerow((*query.by, *COUNTERS))
-    lines.writerows((*map(_cell, one.group), *(one.counters[counter] for counter in COUNTERS)) for one in sums)
+    lines.writerows((*map(_cell, one.group), *one.amounts) for one in sums)
     return text.getvalue()
 
 

@@ -94,4 +94,14 @@ def sums_key(organisation: str, grain: Grain, number: int) -> str:
     return f"{ledger_stream(organisation)}:{grain}:{number}"
 
 
+def rollup_key(organisation: str, of: str) -> str:
+    """What sums that have ended come to by some dimensions, see rollups.py."""
+    return f"{ledger_stream(organisation)}:rollup:{of}"
+
+
+def erasures(organisation: str) -> str:
+    """How often sums were merged because a user was erased: a rollup is of one such number."""
+    return f"{ledger_stream(organisation)}:erasures"
+
+
 ORGANISATIONS = "{gateway}:organisations"  # the set of all that ever had a reservation

@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from gateway.buckets import KEPT_HOURS, first_hour
 from gateway.charts import draw, usd
 from gateway.console import (
     USAGE,
@@ -32,9 +33,10 @@ from gateway.errors import StoreUnavailable
 from gateway.ledger import Entry, Reconciled, follow, organisations, pages, reconcile
 from gateway.queries import BY, Unclear, csv_of, leading, matches, objects, query_of, stored_users, wanted, with_users
 from gateway.records import COUNTERS, ERASED, Dimension
+from gateway.rollups import running_hour
 from gateway.settings import pepper
 from gateway.store import Store
-from gateway.sums import KEPT_HOURS, Query, first_hour, report, running_hour
+from gateway.sums import Query, report
 
 _NOTICE_SECONDS = 1.0  # until rows of a new organisation are shown
 

@@ -11,14 +11,16 @@ import msgspec
 import pytest
 import redis
 
+from gateway.buckets import bucket, hours
 from gateway.embedded import _server_binary
 from gateway.erase import Erased, erase
 from gateway.errors import StoreUnavailable
 from gateway.exports import ensure
 from gateway.ledger import fold, reconcile, rows
 from gateway.records import COUNTERS, ERASED, GRAINS, UsageRecord, dead_letters, group_of, sums_key
+from gateway.rollups import running_hour
 from gateway.store import Store, leaving
-from gateway.sums import Query, bucket, hours, report, running_hour
+from gateway.sums import Query, report
 from tests.proving import stores
 from tests.proving.rows import record
 from tests.test_ledger import HOUR, settle, settlement
@@ -35,7 +37,12 @@ async def store(either_store_url: str) -> AsyncIterator[Store]:
 
 def contents(client: Any) -> dict[bytes, str]:
     """Everything that the store holds, key by key."""
-    readers: dict[bytes, Any] = {b"stream": client.xrange, b"hash": client.hgetall, b"set": client.smembers}
+    readers: dict[bytes, Any] = {
+        b"stream": client.xrange,
+        b"hash": client.hgetall,
+        b"set": client.smembers,
+        b"string": client.get,
+    }
     return {key: repr(readers[client.type(key)](key)) for key in sorted(client.keys())}
 
 

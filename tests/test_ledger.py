@@ -12,12 +12,13 @@ import msgspec
 import pytest
 import redis
 
+from gateway.buckets import bucket, hours
 from gateway.embedded import _server_binary
 from gateway.errors import StoreUnavailable
 from gateway.ledger import Difference, Entry, fold, follow, organisations, reconcile, rows
 from gateway.records import COUNTERS, GRAINS, ORGANISATIONS, UsageRecord, group_of, ledger_stream, sums_key
+from gateway.rollups import running_hour
 from gateway.store import Store, leaving
-from gateway.sums import bucket, hours, running_hour
 from tests.proving import stores
 from tests.proving.chaos import Chaos
 from tests.proving.rows import record

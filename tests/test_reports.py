@@ -332,9 +332,9 @@ def test_spreadsheets_get_a_header_and_quoted_names(ledger: Ledger) -> None:
 @pytest.mark.parametrize("begin", list("=+-@\t\r"))
 def test_a_name_that_a_spreadsheet_would_reckon_is_text(begin: str) -> None:
     query = Query(by=("model", "user", "day"))
-    counters = dict.fromkeys(COUNTERS, -1)
+    amounts = (-1,) * len(COUNTERS)
     name = begin + 'HYPERLINK("http://x")'
-    text = csv_of(query, [Sum((name, "a=b", "2026-11-01"), counters)])
+    text = csv_of(query, [Sum((name, "a=b", "2026-11-01"), amounts)])
     _, line = csv.reader(io.StringIO(text, newline=""))
     assert line == ["'" + name, "a=b", "2026-11-01", *["-1"] * len(COUNTERS)]
 

@@ -4,8 +4,9 @@
 -- 'rows': replace entries of the ledger, or of dead letters, by the same rows without their user. KEYS: the stream. ARGV,
 --   for each entry: its id, the row as it shall be, when it was first written, ms. The new entry has that as `at`, and
 --   what else the old one had; consumers to come see it.
--- 'sums': merge groups of hours, days or months into others. KEYS: the sums. ARGV, for each group: its field,
---   the field that it is merged into.
+-- 'sums': merge groups of hours, days or months into others. KEYS: the number of times that this was done, the sums.
+--   ARGV, for each group: its field, the field that it is merged into. What was rolled up before is made anew: it may
+--   have been read in between two steps.
 --
 -- What is not there any more is left as it is, so that a step may be sent twice. Returns how many there were.
 
@@ -29,7 +30,8 @@ if ARGV[1] == 'rows' then
     end
   end
 else
-  for _, key in ipairs(KEYS) do
+  for number = 2, #KEYS do
+    local key = KEYS[number]
     for i = 2, #ARGV, 2 do
       local counters = redis.call('HGET', key, ARGV[i])
       if counters then
@@ -44,5 +46,6 @@ else
       end
     end
   end
+  if done > 0 then redis.call('INCR', KEYS[1]) end
 end
 return done
