@@ -8,10 +8,10 @@ floor 2, decisions: identity, members, contract, bounds, context, normalize, usa
                     returns, refusals, shares, counts, intents, buckets, hops, sse, health, balance
 floor 3, resources: topology, store, embedded, keys, drains, alerts, spool, ends, settlements, admission, explain,
                     rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention, housekeeping, wire,
-                    bridge, upstream, pools
+                    bridge, upstream, pools, pressure
 floor 4, exchange:  exchange, proxy
-floor 5, process:   telemetry, reload, echoes, echo, openapi, reference, app, server, console, queries, charts,
-                    reports, exporting, admin, cli
+floor 5, process:   telemetry, reload, echoes, echo, openapi, reference, app, server, serving, pipes, worker,
+                    supervisor, console, queries, charts, reports, exporting, admin, cli
 """
 
 __version__ = "0.1.0"

@@ -46,6 +46,7 @@ from gateway.errors import (
 )
 from gateway.exports import standings
 from gateway.ledger import organisations
+from gateway.pipes import Crew, Line, Told
 from gateway.queries import BY, Unclear, csv_of, leading, objects, query_of, with_users
 from gateway.records import DIMENSIONS, ledger_stream
 from gateway.settings import Settings, admin_key, pepper
@@ -168,16 +169,41 @@ async def _roll_up(store: Store) -> None:
             _log.warning("not_rolled_up", reason=type(failure).__name__)
 
 
-async def serve(settings: Settings, store_url: str, listener: socket) -> None:
-    """Serve the control plane on a listening socket, until SIGTERM or Ctrl-C."""
+async def serve(settings: Settings, store_url: str, listener: socket, line: Line | None = None) -> None:
+    """Serve the control plane on a listening socket, until SIGTERM, Ctrl-C or the end of the line to a supervisor."""
     async with opened(settings, store_url) as app:
         host, port = listener.getsockname()[:2]
         key = "GATEWAY_ADMIN_KEY" if settings.admin_key else str(settings.state / "admin_key")
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5
         )
-        _log.info("serving", host=host, port=port, key=key)
-        await uvicorn.Server(config).serve([listener])
+        server = _Server(config, line)
+        if line is None:  # else the supervisor says it
+            _log.info("serving", host=host, port=port, key=key)
+        else:
+            await line.open()
+            server.hearing = asyncio.ensure_future(server.hear())
+        await server.serve([listener])
+
+
+class _Server(uvicorn.Server):
+    """Tells a supervisor that it serves, and ends with it."""
+
+    def __init__(self, config: uvicorn.Config, line: Line | None) -> None:
+        super().__init__(config)
+        self._line = line
+        self.hearing: asyncio.Future[None] | None = None
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._line is not None:
+            self._line.say(Told("ready"))
+
+    async def hear(self) -> None:
+        assert self._line is not None
+        async for _ in self._line.heard(Crew):
+            pass
+        self.should_exit = True
 
 
 # — queries

@@ -32,6 +32,7 @@ from gateway.errors import (
     InternalError,
     MethodNotAllowed,
     NotFound,
+    Overloaded,
     StoreUnavailable,
 )
 from gateway.explain import Looks, limits_of
@@ -42,6 +43,7 @@ from gateway.keys import KeyRing
 from gateway.openapi import openapi
 from gateway.policy import load
 from gateway.pools import Live
+from gateway.pressure import Level
 from gateway.proxy import Proxy
 from gateway.reference import page
 from gateway.settings import Settings, pepper
@@ -71,6 +73,7 @@ class Gateway:
         self.keys = keys
         self.admission = admission
         self.draining = False
+        self._level = Level.NONE  # of memory
         self._looks = Looks(store)
         self._proxy = Proxy(live, keys, admission, observer(), name)
         self._rest = Starlette(
@@ -92,7 +95,9 @@ class Gateway:
         raw_path, method = scope.get("raw_path", b""), scope["method"]
         endpoint = _INFERENCE.get(raw_path)
         if endpoint is not None:
-            if method == "POST":
+            if self._level >= Level.REFUSING:
+                await _refuse(scope, send, Overloaded("hardly any memory is left", retry_after=1), endpoint)
+            elif method == "POST":
                 await self._proxy(endpoint, scope, receive, send)
             else:
                 await _refuse(scope, send, _not_for(method, ("POST",)), endpoint)
@@ -166,19 +171,41 @@ class Gateway:
         """The event loop turns; nothing else is asked, so that nothing else restarts a process."""
         return JSONResponse({"status": "alive"})
 
-    async def _ready(self, request: Request) -> Response:
-        """Whether requests should come here."""
+    def leave(self) -> None:
+        """Be ready no more: the process has been told to end."""
+        self.draining = True
+
+    def press(self, level: Level) -> None:
+        """Take less, by how much memory is left."""
+        self._level = level
+
+    def end(self) -> None:
+        """End all that is under way; each is settled."""
+        self._proxy.end_all()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are being answered."""
+        return self._proxy.under_way
+
+    def unready(self) -> list[str]:
+        """Why requests should not come here; nothing where they should."""
         settlements = self.admission.settlements
-        reasons = [
+        return [
             reason
             for reason, holds in (
                 ("draining", self.draining),
+                ("hardly any memory is left", self._level >= Level.REFUSING),
                 ("keys are not loaded", not self.keys.loaded and not self.store.away),
                 (f"the store {self.store.reason}", self.store.away),
                 (f"the spool cannot be written: {settlements.unwritable}", settlements.unwritable),
             )
             if holds
         ]
+
+    async def _ready(self, request: Request) -> Response:
+        """Whether requests should come here."""
+        reasons = self.unready()
         body = {"status": "ready" if not reasons else "not ready", "reasons": reasons}
         return JSONResponse(body, status_code=503 if reasons else 200)
 

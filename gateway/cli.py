@@ -6,9 +6,7 @@ What a command needs is imported when it runs: `gateway serve` does not wait for
 
 from __future__ import annotations
 
-import asyncio
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from urllib.parse import urlsplit
 import typer
 
 from gateway.console import (
+    PATIENCE,
     WRONG,
     JsonOption,
     PoliciesOption,
@@ -43,6 +42,7 @@ from gateway.console import (
 )
 from gateway.documents import PolicyError
 from gateway.exporting import export, exports_app
+from gateway.pipes import Line
 from gateway.reports import usage_app
 from gateway.settings import Settings, pepper
 from gateway.store import Store
@@ -70,6 +70,16 @@ HostOption = Annotated[str | None, typer.Option("--host", help="address to liste
 PortOption = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="port to listen on [8080]")]
 
 
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=0, max=256, help="processes; 0: this one alone, without control plane [1]"),
+]
+AdminHostOption = Annotated[str | None, typer.Option("--admin-host", help="address of the control plane [127.0.0.1]")]
+AdminPortOption = Annotated[
+    int | None, typer.Option("--admin-port", min=0, max=65535, help="port of the control plane [9090]")
+]
+
+
 def main() -> NoReturn:
     """The `gateway` command."""
     app()
@@ -81,19 +91,33 @@ def main() -> NoReturn:
 
 @app.command()
 def serve(
-    policies: PoliciesOption = None, host: HostOption = None, port: PortOption = None, state: StateOption = None
+    policies: PoliciesOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    state: StateOption = None,
+    workers: WorkersOption = None,
+    admin_host: AdminHostOption = None,
+    admin_port: AdminPortOption = None,
 ) -> None:
-    """Serve, until SIGTERM or Ctrl-C. SIGHUP reads the policies anew."""
-    settings = read_settings(policies=policies, host=host, port=port, state=state)
-    _serve(settings, _announce)
+    """Serve, until SIGTERM or Ctrl-C: workers on one port, and a control plane beside them. SIGHUP reads the policies
+    anew, SIGUSR2 replaces the workers one by one."""
+    given = {"host": host, "port": port, "workers": workers, "admin_host": admin_host, "admin_port": admin_port}
+    _serve(read_settings(policies=policies, state=state, **given), _announce)
 
 
 @app.command()
 def demo(
-    policies: PoliciesOption = None, host: HostOption = None, port: PortOption = None, state: StateOption = None
+    policies: PoliciesOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    state: StateOption = None,
+    workers: WorkersOption = None,
+    admin_host: AdminHostOption = None,
+    admin_port: AdminPortOption = None,
 ) -> None:
     """Serve with a scripted backend beside it, and a first key on the first start: what `make run` runs."""
-    settings = read_settings(policies=policies, host=host, port=port, state=state)
+    given = {"host": host, "port": port, "workers": workers, "admin_host": admin_host, "admin_port": admin_port}
+    settings = read_settings(policies=policies, state=state, **given)
     backend = subprocess.Popen([sys.executable, "-m", "gateway", "echo"], start_new_session=True)
     try:
         _serve(settings, _welcome)
@@ -122,78 +146,122 @@ def echo(
 
 @app.command()
 def admin(
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 9090,
     state: StateOption = None,
+    host: Annotated[str | None, typer.Option(help="address to listen on [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to listen on [9090]")] = None,
 ) -> None:
-    """Serve the control plane: reports, exports and figures, for who has the admin key (see gateway/admin.py)."""
+    """Serve the control plane alone: what `gateway serve` has beside its workers (see gateway/admin.py)."""
     import uvloop
 
     from gateway import telemetry
     from gateway.admin import serve
 
-    settings = read_settings(state=state)
+    settings = read_settings(state=state, admin_host=host, admin_port=port)
     telemetry.set_up(settings.log)
     with store_of(settings) as url, own_signals():
-        run_or_exit(serve(settings, url, listen(host, port)), uvloop.run)
+        run_or_exit(serve(settings, url, listen(settings.admin_host, settings.admin_port)), uvloop.run)
 
 
-def _serve(settings: Settings, started: Callable[[Settings, Gateway], Awaitable[None]]) -> None:
+@app.command(hidden=True)
+def process(
+    kind: Annotated[str, typer.Argument()],
+    listener: Annotated[int, typer.Option()],
+    line: Annotated[int, typer.Option()],
+) -> None:
+    """One of the processes of `gateway serve`, which starts it: a worker, or the control plane."""
+    import uvloop
+
+    from gateway import admin, telemetry, worker
+
+    settings = read_settings()
+    telemetry.set_up(settings.log)
+    ears, end = socket.socket(fileno=listener), socket.socket(fileno=line)
+    end.setblocking(False)
+    with own_signals():
+        work = (
+            worker.serve(settings, settings.redis_url, ears, Line(end), _quietly)
+            if kind == "worker"
+            else admin.serve(settings, settings.redis_url, ears, Line(end))
+        )
+        run_or_exit(work, uvloop.run)
+
+
+async def _quietly(settings: Settings, gateway: Gateway) -> None:
+    """The supervisor says what there is to say."""
+
+
+Started = Callable[[Settings, str, int], Awaitable[None]]  # of a revision, and of so many workers
+
+
+def _serve(settings: Settings, started: Started) -> None:
+    """Serve in processes under a supervisor, or in this one alone."""
     import uvloop
 
     from gateway import telemetry
 
     telemetry.set_up(settings.log)
+    listener = listen(settings.host, settings.port)
+    settings = replace(settings, port=listener.getsockname()[1])
     with store_of(settings) as url, own_signals():
-        run_or_exit(_serving(settings, url, started), uvloop.run)
+        settings = replace(settings, redis_url=url)
+        if settings.workers:
+            read_policies(settings)
+            run = _supervised(settings, listener, started)
+        else:
+            run = _alone(settings, listener, started)
+        if code := run_or_exit(run, uvloop.run):
+            raise typer.Exit(code)
 
 
-async def _serving(settings: Settings, url: str, started: Callable[[Settings, Gateway], Awaitable[None]]) -> None:
-    import uvicorn
+async def _alone(settings: Settings, listener: socket.socket, started: Started) -> int:
+    from gateway.worker import serve
 
-    from gateway.app import opened
-    from gateway.reload import reload
-    from gateway.server import config
+    async def begun(settings: Settings, gateway: Gateway) -> None:
+        await started(settings, gateway.live.policies.snapshot.revision, 0)
 
-    async with opened(settings, url) as gateway:
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                await started(settings, gateway)
-
-            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                gateway.draining = True
-                await super().shutdown(sockets)
-
-        reloads: set[asyncio.Task[bool]] = set()
-
-        def hang_up() -> None:
-            task = asyncio.ensure_future(reload(gateway.live, settings.policies))
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
-        listener = listen(settings.host, settings.port)
-        settings = replace(settings, port=listener.getsockname()[1])
-        await Server(config(gateway, drain=settings.drain)).serve([listener])
+    await serve(settings, settings.redis_url, listener, None, begun)
+    return 0
 
 
-async def _announce(settings: Settings, gateway: Gateway) -> None:
+async def _supervised(settings: Settings, listener: socket.socket, started: Started) -> int:
+    from gateway.supervisor import Supervisor, gateway_command
+
+    control = listen(settings.admin_host, settings.admin_port)
+    settings = replace(settings, admin_port=control.getsockname()[1])
+    supervisor = Supervisor(
+        gateway_command,
+        {"worker": listener, "control": control},
+        settings.workers,
+        delay=settings.drain_delay,
+        drain=settings.drain,
+        environment=settings.environment(),
+    )
+    return await supervisor.run(lambda revision: started(settings, revision, settings.workers))
+
+
+async def _announce(settings: Settings, revision: str, workers: int) -> None:
     import structlog
 
-    snapshot = gateway.live.policies.snapshot
+    control = {"admin": f"{settings.admin_host}:{settings.admin_port}"} if workers else {}
     structlog.get_logger("gateway").info(
-        "serving", host=settings.host, port=settings.port, revision=snapshot.revision, keys=len(gateway.keys.records())
+        "serving", host=settings.host, port=settings.port, revision=revision, workers=workers, **control
     )
 
 
-async def _welcome(settings: Settings, gateway: Gateway) -> None:
+async def _welcome(settings: Settings, revision: str, workers: int) -> None:
     """What a newcomer needs: the addresses, a key where there is none yet, a line to paste."""
-    snapshot = gateway.live.policies.snapshot
+    from gateway.keys import KeyRing
+
+    snapshot = read_policies(settings)
     key, team = "", next(iter(snapshot.teams), None)
-    if team is not None and not gateway.keys.records():
-        _, key = await gateway.keys.create(team, user=None, name="first key", models=(), expires=None)
+    store = Store(settings.redis_url, deadline=PATIENCE)
+    try:
+        keys = KeyRing(store, pepper(settings))
+        await keys.load()
+        if team is not None and not keys.records():
+            _, key = await keys.create(team, user=None, name="first key", models=(), expires=None)
+    finally:
+        await store.aclose()
     base = f"http://{settings.host}:{settings.port}"
     model = snapshot.public_models[0].name if snapshot.public_models else "MODEL"
     shown = key or "$GATEWAY_KEY"
@@ -201,7 +269,8 @@ async def _welcome(settings: Settings, gateway: Gateway) -> None:
         "",
         f"  gateway   {base}/v1   (also {base}/inference/v1)",
         f"  backend   http://127.0.0.1:{_DEMO_PORT}, scripted: it says the words of the prompt",
-        f"  policies  {settings.policies}/, revision {snapshot.revision}",
+        f"  control   http://{settings.admin_host}:{settings.admin_port}, its key is in {settings.state}/admin_key",
+        f"  policies  {settings.policies}/, revision {revision}",
         f"  state     {settings.state}/",
         "",
         f"  key       {key}   (team {team}; shown this once)"

@@ -396,6 +396,20 @@ class StoreUnavailable(GatewayError):
     code = "store_unavailable"
 
 
+class Overloaded(GatewayError):
+    """503: the process has hardly any memory left, and serves what it has taken."""
+
+    status = 503
+    code = "overloaded"
+
+
+class ShuttingDown(GatewayError):
+    """503: the process ends, and this request had all the time that there was."""
+
+    status = 503
+    code = "shutting_down"
+
+
 class LoopDetected(GatewayError):
     """508: the request came through this gateway before (RFC 5842 section 7.2 lends the number)."""
 

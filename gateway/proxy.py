@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from gateway.admission import Admission, Lease
 from gateway.asgi import (
@@ -26,7 +26,7 @@ from gateway.asgi import (
     until_hang_up,
 )
 from gateway.endpoints import Endpoint
-from gateway.errors import BadRequest, ClientGone, Dialect, GatewayError, InternalError, UpstreamFailed
+from gateway.errors import BadRequest, ClientGone, Dialect, GatewayError, InternalError, ShuttingDown, UpstreamFailed
 from gateway.exchange import Exchange
 from gateway.hops import Way
 from gateway.keys import KeyRing
@@ -64,26 +64,40 @@ class Proxy:
         self._observe = observe
         self._learned = Learned()
         self._name = name
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._ending = False
+
+    @property
+    def under_way(self) -> int:
+        return len(self._under_way)
+
+    def end_all(self) -> None:
+        """End what is under way: the process leaves. Each is settled, and told as far as an error can follow."""
+        self._ending = True
+        for task in self._under_way:
+            task.cancel()
 
     async def __call__(self, to: Endpoint | Route, scope: Scope, receive: Receive, send: Send) -> None:
         x = Exchange(to if isinstance(to, Endpoint) else to.endpoint, _called(scope["headers"]))
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._under_way.add(task)
         try:
             await self._serve(x, to, scope, receive, send)
         except ClientGone as gone:
             x.end(gone)
         except GatewayError as error:
-            x.end(error)
-            if x.started:
-                await tell(x, error, send)
-                raise Cut from error
-            await say(x, error, scope, send, close=not x.has_all)
+            await fail(x, error, scope, send)
         except (Exception, asyncio.CancelledError) as defect:
+            if self._ending and isinstance(defect, asyncio.CancelledError):
+                await fail(x, ShuttingDown("the gateway is shutting down; ask again", retry_after=1), scope, send)
+                return
             x.end(defect)
             if not x.started:
                 failed = InternalError("the gateway failed; its log has more under the id of this request")
                 await say(x, failed, scope, send, close=True)
             raise
         finally:
+            self._under_way.discard(task)
             if x.upload is not None:
                 x.upload.give_up()
             x.teach(self._learned)
@@ -204,6 +218,15 @@ class commented:  # noqa: N801 - reads as what it does: async with commented(ope
         while True:
             await self._send({"type": "http.response.body", "body": COMMENT, "more_body": True})
             await asyncio.sleep(every)
+
+
+async def fail(x: Exchange, error: GatewayError, scope: Scope, send: Send) -> None:
+    """Answer with an error; where the answer has begun, tell it and cut the line. Raises Cut."""
+    x.end(error)
+    if x.started:
+        await tell(x, error, send)
+        raise Cut from error
+    await say(x, error, scope, send, close=not x.has_all)
 
 
 async def tell(x: Exchange, error: GatewayError, send: Send) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
 from math import inf
@@ -32,6 +33,7 @@ from typing import Any, ClassVar, Literal, cast
 import uvicorn
 from httptools import HttpParserError, HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
 
 from gateway.asgi import POUR, refuse
 from gateway.errors import (
@@ -90,6 +92,20 @@ def config(app: Any, *, drain: float) -> uvicorn.Config:
     )
 
 
+class State(ServerState):
+    """What all connections know of their server. `full` is called by one that is more than the `most` there may be."""
+
+    closing = False  # whether connections end with the answer that they wait for
+
+    def __init__(self, most: int, full: Callable[[], None]) -> None:
+        super().__init__()
+        self.most = most
+        self.full = full
+
+
+_UNHEARD = 1.0  # seconds that a request which is about to come has, when nothing new is taken any more
+
+
 class Protocol(HttpToolsProtocol):
     """One connection of a caller."""
 
@@ -107,12 +123,19 @@ class Protocol(HttpToolsProtocol):
         self._late: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
 
+    @property
+    def _closing(self) -> bool:
+        """Whether this answer is the last one; a server of uvicorn's own has no word for it."""
+        return isinstance(self.server_state, State) and self.server_state.closing
+
     # — what asyncio tells
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._raw = cast(asyncio.Transport, transport)
         self._gathered = _Gathered(self._raw, self.loop, self)
         super().connection_made(cast(asyncio.Transport, self._gathered))
+        if isinstance(self.server_state, State) and len(self.connections) >= self.server_state.most:
+            self.server_state.full()
         self._since = self.loop.time()
         self._late = self.loop.call_later(self.patience.head, self._look)
 
@@ -132,8 +155,17 @@ class Protocol(HttpToolsProtocol):
             self.watch_writes()
 
     def shutdown(self) -> None:
+        """Nothing follows what is under way. What has just been connected, and what is about to ask, is heard first:
+        its caller was told that it is served here."""
         self._keeps = False  # of a request whose body still comes
-        super().shutdown()
+        if self._coming == "head" or self.cycle is None:
+            self.loop.call_later(_UNHEARD, self._close_idle)
+        else:
+            super().shutdown()
+
+    def _close_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -180,7 +212,7 @@ class Protocol(HttpToolsProtocol):
         self.cycle.__class__ = _Cycle
         self.scope[POUR] = self.pour  # type: ignore[literal-required]
         # An answer that begins before its request is here ends the connection: what is left of the body is not read.
-        self._keeps, self.cycle.keep_alive = self.cycle.keep_alive, False
+        self._keeps, self.cycle.keep_alive = self.cycle.keep_alive and not self._closing, False
         self._coming, self._since, self._received = "body", 0.0, inf
 
     def on_body(self, body: bytes) -> None:

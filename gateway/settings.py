@@ -122,13 +122,31 @@ class Settings:
     store_deadline: float = _setting(
         0.05, "the most that a request waits for the store", unit="seconds", within=(0.001, 60)
     )
-    drain: float = _setting(30.0, "how long answers may go on after SIGTERM", unit="seconds", within=(0, 86400))
+    workers: int = _setting(
+        1,
+        "processes that serve, under a supervisor and beside a control plane; 0: one alone, with neither",
+        within=(0, 256),
+    )
+    admin_host: str = _setting("127.0.0.1", "address of the control plane")
+    admin_port: int = _setting(9090, "port of the control plane; 0: any free one", within=(0, 65535))
+    drain_delay: float = _setting(
+        0.0,
+        "how long requests are still taken after SIGTERM, while load balancers hear of it",
+        unit="seconds",
+        within=(0, 3600),
+    )
+    drain: float = _setting(30.0, "how long answers may go on after that", unit="seconds", within=(0, 86400))
     log: LogFormat = _setting("auto", "people (columns and colours), json, or auto: people on a terminal")
 
     @property
     def spools(self) -> Path:
         """The folder of what could not be told to the store."""
         return self.state / "spool"
+
+    def environment(self) -> dict[str, str]:
+        """The environment of this process with these settings in it, for processes that it starts."""
+        ours = {f"GATEWAY_{setting.name.upper()}": str(getattr(self, setting.name)) for setting in fields(self)}
+        return {**os.environ, **ours}
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Settings:

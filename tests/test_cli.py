@@ -272,7 +272,13 @@ def test_serving_is_ready_until_sigterm_and_takes_keys_and_policies_as_they_chan
         assert gateway.end() == 0
         assert backend.end() == 0
         lines = [json.loads(line) for line in gateway.said]
-        assert {line["event"] for line in lines} == {"serving", "http_access", "policies_refused", "policies_taken"}
+        assert {line["event"] for line in lines} == {
+            "serving",
+            "http_access",
+            "policies_refused",
+            "policies_taken",
+            "draining",
+        }
         assert made["key"][16:] not in "".join(gateway.said)
 
 

@@ -49,6 +49,8 @@ FAMILY: dict[str, tuple[int, str, str | None, str]] = {
     "UpstreamTimeout": (504, "server_error", "upstream_timeout", "upstream"),
     "UpstreamsBusy": (503, "server_error", "upstreams_unavailable", "upstream"),
     "StoreUnavailable": (503, "server_error", "store_unavailable", "gateway"),
+    "ShuttingDown": (503, "server_error", "shutting_down", "gateway"),
+    "Overloaded": (503, "server_error", "overloaded", "gateway"),
     "InternalError": (500, "server_error", "internal_error", "gateway"),
 }
 
@@ -188,6 +190,8 @@ WORDS = {
     "UpstreamTimeout": "timeout_error",
     "UpstreamsBusy": "overloaded_error",
     "StoreUnavailable": "overloaded_error",
+    "ShuttingDown": "overloaded_error",
+    "Overloaded": "overloaded_error",
     "InternalError": "api_error",
 }
 

@@ -20,6 +20,10 @@ READ: dict[str, tuple[str, Any]] = {
     "spool_most": ("2097152", 2 << 20),
     "admin_key": ("of-the-tests", "of-the-tests"),
     "store_deadline": ("0.25", 0.25),
+    "workers": ("4", 4),
+    "admin_host": ("::1", "::1"),
+    "admin_port": ("9191", 9191),
+    "drain_delay": ("2.5", 2.5),
     "drain": ("5", 5.0),
     "log": ("json", "json"),
 }
@@ -67,6 +71,9 @@ MISTAKES = {
     ("store_deadline", "50ms"): 'GATEWAY_STORE_DEADLINE is "50ms", expected a number',
     ("store_deadline", "0"): f'GATEWAY_STORE_DEADLINE is "0.0", {A_TIME}',
     ("store_deadline", "nan"): f'GATEWAY_STORE_DEADLINE is "nan", {A_TIME}',
+    ("workers", "257"): 'GATEWAY_WORKERS is "257", expected a number from 0 to 256',
+    ("admin_port", "nine"): 'GATEWAY_ADMIN_PORT is "nine", expected a whole number',
+    ("drain_delay", "-1"): 'GATEWAY_DRAIN_DELAY is "-1.0", expected a number from 0 to 3600',
     ("drain", "inf"): 'GATEWAY_DRAIN is "inf", expected a number from 0 to 86400',
     **{
         ("admin_key", key): "GATEWAY_ADMIN_KEY is another value, "

@@ -43,7 +43,7 @@ class Place:
 
     def environment(self, **given: str) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-        return {**ours, "PYTHONPATH": str(ROOT), "GATEWAY_LOG": "json", **given}
+        return {**ours, "PYTHONPATH": str(ROOT), "GATEWAY_LOG": "json", "GATEWAY_ADMIN_PORT": "0", **given}
 
     def run(self, *words: str, **given: str) -> Done:
         return subprocess.run(

@@ -174,6 +174,7 @@ class Worker:
             "GATEWAY_REDIS_URL": store_url,
             "GATEWAY_KEY_PEPPER": PEPPER,
             "GATEWAY_LOG": "json",
+            "GATEWAY_WORKERS": "0",  # in the process that is started: it is the one that is killed
             "GATEWAY_STORE_DEADLINE": "5",  # lax: these machines are noisy, and 50 ms is not what is proved
             "PYTHONPATH": str(ROOT),
             **environment,

@@ -1,0 +1,279 @@
+"""The supervisor: workers on one listening socket and a control plane beside them, as processes of their own.
+
+It holds the sockets and nothing of what is served, so that it has no reason to fail. What dies is started again, at
+once, and later and later where it dies again and again. Nothing outlives it: each process has a line to it, and leaves
+at the end of that line. Of a worker that is to be replaced the next one is ready before it stops to accept, so that no
+connection is refused.
+
+    SIGTERM, SIGINT   workers drain, then the control plane ends; a second one: at once
+    SIGHUP            workers read the policies anew
+    SIGUSR2           new workers in the place of all, one by one, from the code and the environment as they are now
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Literal
+
+import structlog
+
+from gateway.pipes import Asked, Crew, Line, Told, Worker
+
+_FIRST, _MOST = 0.1, 30.0  # seconds until what died is started again: at first, and at most
+_STABLE = 10.0  # seconds; who lives that long has not failed to start
+_FAILING = 3  # deaths in a row, after which it is said that somebody has to look
+_READY = 60.0  # seconds that a new worker has to get ready
+_PATIENCE = 10.0  # seconds beyond what draining may take, until a process is killed
+
+Kind = Literal["worker", "control"]
+Command = Callable[[Kind, int, int], Sequence[str]]  # of a kind, its listener, and its end of the line
+
+_log = structlog.get_logger("gateway.supervisor")
+
+
+class Process:
+    """One that was started: what it has told last."""
+
+    def __init__(self, place: Place, process: asyncio.subprocess.Process, line: Line) -> None:
+        self.place = place
+        self.process = process
+        self.line = line
+        self.began = time.monotonic()
+        self.told = Told()
+        self.ready = asyncio.Event()
+        self.dead = asyncio.Event()
+
+    def signal(self, number: signal.Signals) -> None:
+        if not self.dead.is_set():
+            with suppress(ProcessLookupError):
+                self.process.send_signal(number)
+
+
+class Place:
+    """Where one process is at a time, and another one after it has died."""
+
+    def __init__(self, kind: Kind, number: int) -> None:
+        self.kind = kind
+        self.name = "control" if kind == "control" else f"worker-{number}"
+        self.process: Process | None = None
+        self.restarts = 0
+        self.deaths = 0  # in a row, soon after the start
+
+    @property
+    def failing(self) -> bool:
+        return self.deaths >= _FAILING
+
+    def shown(self) -> Worker:
+        """What the control plane hears of it."""
+        one = self.process
+        if one is None or one.dead.is_set():
+            return Worker(0, Told(), self.restarts, self.failing)
+        return Worker(one.process.pid, one.told, self.restarts, self.failing)
+
+
+class Supervisor:
+    """`command` says how a process is started; `delay` and `drain` are the seconds that draining takes (see server.py).
+    The listeners are closed when it ends."""
+
+    def __init__(
+        self,
+        command: Command,
+        listeners: Mapping[Kind, socket.socket],
+        workers: int,
+        *,
+        delay: float,
+        drain: float,
+        environment: Mapping[str, str],
+    ) -> None:
+        self._command = command
+        self._listeners = listeners
+        self._environment = environment
+        self._workers = [Place("worker", number) for number in range(1, workers + 1)]
+        self._control = Place("control", 0)
+        self._delay = delay
+        self._drain = drain
+        self._processes: set[Process] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._leaving = 0  # signals to end that have come
+        self._end = asyncio.Event()
+        self._code = 0
+        self._rolling = False
+
+    async def run(self, started: Callable[[str], Awaitable[None]]) -> int:
+        """Until a signal ends it, or until a first worker cannot serve; the exit code. `started` is called when all
+        serve for the first time, with the revision of their policies."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._leave)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGUSR2, self._roll)
+        await asyncio.gather(*(self._start(place) for place in (self._control, *self._workers)))
+        self._spawn(self._begin(started))
+        await self._end.wait()
+        await self._finish()
+        return self._code
+
+    async def _begin(self, started: Callable[[str], Awaitable[None]]) -> None:
+        told = Told()
+        for place in (self._control, *self._workers):
+            assert place.process is not None
+            await place.process.ready.wait()
+            told = place.process.told
+        await started(told.revision)
+
+    # — processes
+
+    async def _start(self, place: Place) -> Process:
+        """Start a process in a place; the one that was there is not its process any more."""
+        ours, theirs = socket.socketpair()
+        fds = self._listeners[place.kind].fileno(), theirs.fileno()
+        with theirs:
+            child = await asyncio.create_subprocess_exec(
+                *self._command(place.kind, *fds),
+                stdin=asyncio.subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=fds,
+                start_new_session=True,  # Ctrl-C on the terminal is for the supervisor
+            )
+        process = place.process = Process(place, child, await Line(ours).open())
+        self._processes.add(process)
+        self._spawn(self._hear(process))
+        self._spawn(self._watch(process))
+        return process
+
+    async def _hear(self, process: Process) -> None:
+        async for told in process.line.heard(Told | Asked):
+            if isinstance(told, Asked):
+                self._reload()
+                continue
+            process.told = told
+            if told.state in ("ready", "unready"):  # it serves: that the store is away is no reason to wait
+                process.ready.set()
+            self._tell()
+
+    async def _watch(self, process: Process) -> None:
+        """Until a process is dead; then the next one, unless it was meant."""
+        code = await process.process.wait()
+        process.dead.set()
+        process.line.close()
+        self._processes.discard(process)
+        place = process.place
+        if self._leaving or place.process is not process:
+            return
+        lived = time.monotonic() - process.began
+        place.deaths = place.deaths + 1 if lived < _STABLE else 1
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        _log.error("process_died", process=place.name, how=how, lived_s=round(lived, 3), in_a_row=place.deaths)
+        if not process.ready.is_set() and not place.restarts and code > 0 and place.kind == "worker":
+            self._code = code  # it has said why, and the next one would say the same
+            self._end.set()
+            return
+        place.restarts += 1
+        self._tell()
+        if place.failing:
+            _log.error("process_fails_again_and_again", process=place.name, deaths=place.deaths)
+        await asyncio.sleep(0 if place.deaths == 1 else min(_MOST, _FIRST * 2**place.deaths))
+        if not self._leaving and place.process is process:
+            await self._start(place)
+
+    # — what is asked
+
+    def _tell(self) -> None:
+        """Tell the control plane how the workers stand."""
+        crew = Crew(tuple(place.shown() for place in self._workers), bool(self._leaving))
+        if self._control.process is not None and not self._control.process.dead.is_set():
+            self._control.process.line.say(crew)
+
+    def _reload(self) -> None:
+        for place in self._workers:
+            if place.process is not None and place.process.ready.is_set():
+                place.process.signal(signal.SIGHUP)
+
+    def _roll(self) -> None:
+        if not self._rolling and not self._leaving:
+            self._spawn(self._replace())
+
+    async def _replace(self) -> None:
+        self._rolling = True
+        try:
+            for place in (*self._workers, self._control):
+                before = place.process
+                assert before is not None
+                process = await self._start(place)
+                await _first(process.ready, process.dead, _READY)
+                if not process.ready.is_set():
+                    place.process = before
+                    process.signal(signal.SIGKILL)
+                    _log.error("not_replaced", process=place.name, reason="the new one did not get ready")
+                    return
+                before.signal(signal.SIGTERM)
+                _log.info("replaced", process=place.name, pid=process.process.pid)
+        finally:
+            self._rolling = False
+            self._tell()
+
+    # — the end
+
+    def _leave(self) -> None:
+        self._leaving += 1
+        for process in self._processes:
+            if process.place is not self._control:
+                process.signal(signal.SIGTERM)
+        self._tell()
+        if self._leaving == 1:
+            # What comes after the workers have stopped to accept is refused, and does not wait for nobody.
+            asyncio.get_running_loop().call_later(self._delay, self._listeners["worker"].close)
+        else:
+            self._listeners["worker"].close()
+        self._end.set()
+
+    async def _finish(self) -> None:
+        if not self._leaving:
+            self._leave()
+        await self._gone([one for one in self._processes if one.place is not self._control], self._delay + self._drain)
+        for process in self._processes:
+            process.signal(signal.SIGTERM)
+        await self._gone(list(self._processes), 0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for listener in self._listeners.values():
+            listener.close()
+
+    async def _gone(self, those: Sequence[Process], after: float) -> None:
+        """Until these are dead; what is late is killed."""
+        try:
+            async with asyncio.timeout(after + _PATIENCE):
+                for process in those:
+                    await process.dead.wait()
+        except TimeoutError:
+            for process in those:
+                if not process.dead.is_set():
+                    _log.error("process_killed", process=process.place.name, reason="it did not end in time")
+                    process.signal(signal.SIGKILL)
+            for process in those:
+                await process.dead.wait()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _first(one: asyncio.Event, other: asyncio.Event, patience: float) -> None:
+    """Until one of two comes to pass, or patience is over."""
+    waiting = [asyncio.ensure_future(one.wait()), asyncio.ensure_future(other.wait())]
+    await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+
+
+def gateway_command(kind: Kind, listener: int, line: int) -> Sequence[str]:
+    """How a process of the gateway is started, from the interpreter of this one."""
+    return [sys.executable, "-m", "gateway", "process", kind, "--listener", str(listener), "--line", str(line)]
