@@ -236,7 +236,7 @@ def values() -> str:
 
 
 def explained(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The paths of a file of values, each with what its comment says. Raises ValueError for a leaf that none tells of."""
+    """The paths of a file of values, each with what its comment says. Raises ValueError for a leaf without one."""
     path: list[str] = []
     told: dict[int, str] = {}  # by depth, of the key that was read last there
     comment = ""
