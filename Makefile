@@ -52,7 +52,7 @@ prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 
 	$(BIN)/python -m tests.proving.scenes
 	MACHINE_EXAMPLES=10000 $(BIN)/python -m pytest -n 2 tests/test_scripts.py -k model --timeout 3600 $(ARGS)
 
-docs: $(VENV)/.dev ## write the generated tables of README.md and policies/
+docs: $(VENV)/.dev ## write the generated tables of README.md, policies/ and helm/
 	$(BIN)/python -m tests.docs --write
 
 lock: $(VENV)/.dev ## resolve the lock files anew

@@ -119,7 +119,7 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{- /* (list $ COMPONENT LABELS) */}}
+{{- /* (list $ COMPONENT LABELS). What is no gateway reads its policies when it starts, and only then. */}}
 {{- define "gateway.podMetadata" -}}
 {{- $root := index . 0 -}}
 labels:
@@ -127,7 +127,7 @@ labels:
   {{- with merge (dict) (index . 2) $root.Values.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
 annotations:
   kubectl.kubernetes.io/default-container: {{ index . 1 }}
-  {{- if $root.Values.policies.rollOnChange }}
+  {{- if or $root.Values.policies.rollOnChange (ne "gateway" (index . 1)) }}
   checksum/policies: {{ include "gateway.policiesChecksum" $root }}
   {{- end }}
   {{- with $root.Values.podAnnotations }}{{ toYaml . | nindent 2 }}{{ end }}

@@ -81,6 +81,10 @@ def test_what_is_not_of_kubernetes_has_the_fields_that_its_owners_require(name: 
             assert set(manifest) == {"apiVersion", "kind", "metadata", "spec"}
 
 
+def test_the_oldest_version_is_the_one_that_the_chart_names() -> None:
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))["kubeVersion"] == f">={VERSIONS[0]}.0-0"
+
+
 def test_every_object_that_is_foreign_is_in_the_matrix() -> None:
     found = {(manifest["apiVersion"], manifest["kind"]) for name in MATRIX for manifest in case(name)}
     assert set(FOREIGN) <= found
@@ -240,6 +244,20 @@ def test_one_thing_scales_the_deployment(name: str) -> None:
         assert len(scaler["spec"].get("metrics", scaler["spec"].get("triggers"))) == (1 if "by-cpu" in name else 2)
 
 
+def test_scalers_look_at_cpu_and_at_requests_in_flight() -> None:
+    cpu, in_flight = one(case("hpa"), "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert cpu["containerResource"]["container"] == gateway_pod(case("hpa"))["containers"][0]["name"]
+    assert cpu["containerResource"]["target"]["averageUtilization"] == 70
+    assert in_flight["pods"]["metric"]["name"] == "gateway_http_active_requests"
+    assert in_flight["pods"]["target"]["averageValue"] == "200"
+    asked, cpu = one(case("keda"), "ScaledObject")["spec"]["triggers"]
+    assert asked["metadata"]["query"].startswith("sum(gateway_http_active_requests{")
+    assert (asked["metadata"]["threshold"], cpu["metadata"]["value"]) == ("200", "70")
+    for scaler in (one(case("hpa"), "HorizontalPodAutoscaler"), one(case("keda"), "ScaledObject")):
+        text = json.dumps(scaler["spec"])
+        assert '"stabilizationWindowSeconds": 600' in text  # a pod that goes keeps its streams: there is no hurry
+
+
 # — what pods may do
 
 
@@ -366,8 +384,11 @@ def test_a_change_of_policies_rolls_the_pods_and_nothing_else_does() -> None:
     assert once == checksum({"a.yaml": {"gateway": {}}}, replicas=9)
     assert once != checksum({"a.yaml": {"gateway": {"max_body": "1MiB"}}})
     assert once != checksum({"b.yaml": {"gateway": {}}})
-    metadata = one(case("policies"), "Deployment")["spec"]["template"]["metadata"]
-    assert "checksum/policies" not in metadata["annotations"]
+    kept = render({"policies": {"rollOnChange": False}, "exporters": {"archive": {}}})
+    rolled = {
+        spec["containers"][0]["name"]: "checksum/policies" in one.get("annotations", {}) for one, spec in pods(kept)
+    }
+    assert (rolled["gateway"], rolled["exporter"]) == (False, True)  # which do not read them anew
 
 
 def test_documents_arrive_as_they_were_written(tmp_path: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests import docs
-from tests.helm.rendered import CHART, EXTERNAL, MATRIX, chart, helm, schema, texts
+from tests.helm.rendered import CHART, EXTERNAL, MATRIX, case, chart, gateway_pod, helm, schema, texts
 
 # Whose content is not ours to know: Kubernetes checks affinities and whole objects, the gateway its documents.
 FREE = {
@@ -73,6 +73,11 @@ def test_values_and_schema_know_the_same_keys() -> None:
     assert missing == {"global", *(path for path in FREE if path.startswith("affinity."))}
 
 
+def test_no_variable_that_the_chart_sets_can_be_set_besides() -> None:
+    told = {variable["name"] for variable in gateway_pod(case("nothing"))["containers"][0]["env"]}
+    assert told == set(schema()["definitions"]["variable"]["not"]["enum"])
+
+
 def test_the_values_that_are_there_fit() -> None:
     chart().validate_schema({})
     chart().validate_schema({"global": {"whatever": 1}})
@@ -109,6 +114,7 @@ def test_the_values_that_are_there_fit() -> None:
         ({"resources": {"limit": {}}}, "'limit' not allowed"),
         ({"extraEnv": [{"name": "GATEWAY_ADMIN_KEY", "value": "a secret"}]}, "/extraEnv/0/name'"),
         ({"extraEnv": [{"name": "GATEWAY_DRAIN", "value": "5"}]}, "/extraEnv/0/name'"),
+        ({"secrets": {"env": [{"name": "GATEWAY_PORT", "secret": "s", "key": "k"}]}}, "/secrets/env/0/name'"),
         ({"tolerations": [{"effect": "NoSchedul"}]}, "/tolerations/0/effect'"),
         ({"affinity": {"nodeAfinity": {}}}, "'nodeAfinity' not allowed"),
         ({"service": {"type": "ExternalName"}}, "/service/type'"),
