@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from tests import docs
-from tests.helm.rendered import CHART, EXTERNAL, MATRIX, case, chart, gateway_pod, helm, schema, texts
+from tests.helm.rendered import CHART, EXTERNAL, MATRIX, case, chart, gateway_pod, helm, one, render, schema, texts
 
 # Whose content is not ours to know: Kubernetes checks affinities and whole objects, the gateway its documents.
 FREE = {
@@ -191,6 +193,18 @@ def test_all_that_does_not_go_together_is_told_at_once() -> None:
     with pytest.raises(helm.HelmRenderError) as refused:
         texts({"valkey": {"enabled": False}, "ingress": {"enabled": True}, "httpRoute": {"enabled": True}})
     assert str(refused.value).count("expected") == 3
+
+
+def test_what_the_readme_shows_can_be_installed(tmp_path: Path) -> None:
+    readme = (CHART / "README.md").read_text("utf-8")
+    production, exporters = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL))
+    kinds = {manifest["kind"] for manifest in render({**production, **exporters})}
+    assert {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"} <= kinds
+    assert not {"Secret", "StatefulSet"} & kinds
+    (set_file,) = re.findall(r"--set-file '(.*?)=policies.yaml'", readme)
+    (tmp_path / "policies.yaml").write_text("gateway: {}\n")
+    given = helm.parse_set_file(f"{set_file}={tmp_path / 'policies.yaml'}")
+    assert one(render(given), "ConfigMap")["data"] == {"all.yaml": "gateway: {}\n"}
 
 
 def test_the_matrix_sets_every_group_of_values() -> None:
