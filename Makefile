@@ -55,7 +55,7 @@ prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 
 prove-rollouts: $(VENV)/.dev ## twenty rolling restarts under load, and no request that fails
 	ROLLS=20 $(BIN)/python -m pytest tests/flows/test_process_faults.py -k g15 --timeout 900 $(ARGS)
 
-docs: $(VENV)/.dev ## write the generated tables of README.md and policies/
+docs: $(VENV)/.dev ## write the generated tables of README.md, policies/ and helm/
 	$(BIN)/python -m tests.docs --write
 
 lock: $(VENV)/.dev ## resolve the lock files anew

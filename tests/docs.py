@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+import yaml
 from typer.core import TyperGroup
 
 import gateway
@@ -26,6 +27,7 @@ from gateway.language import Documents
 from gateway.settings import Settings
 
 ROOT = Path(__file__).parent.parent
+CHART = ROOT / "helm"
 MARKED = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,8 +39,10 @@ def generated() -> dict[Path, str]:
         "endpoints": endpoints(),
         "floors": floors(),
         "policies": policies(),
+        "values": values(),
+        "alerts": alerts(),
     }
-    documents = (ROOT / "README.md", ROOT / "policies" / "README.md")
+    documents = (ROOT / "README.md", ROOT / "policies" / "README.md", CHART / "README.md")
     texts = {path: filled(path.read_text("utf-8"), tables) for path in documents}
     return {**texts, ROOT / "policies" / "schema.json": json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"}
 
@@ -219,6 +223,52 @@ def _default(node: Any, required: bool) -> str:
     if default in (None, []):
         return ""
     return f"`{default if isinstance(default, str) else json.dumps(default).removesuffix('.0')}`"
+
+
+# — the chart
+
+
+def values() -> str:
+    """A row for each value that has a comment `# -- meaning` above it."""
+    text = (CHART / "values.yaml").read_text("utf-8")
+    rows = [(f"`{'.'.join(path)}`", _inline(_at(yaml.safe_load(text), path)), told) for path, told in explained(text)]
+    return table(("value", "default", "meaning"), rows)
+
+
+def explained(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The paths of a file of values, each with what its comment says. Raises ValueError for a leaf without one."""
+    path: list[str] = []
+    told: dict[int, str] = {}  # by depth, of the key that was read last there
+    comment = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.fullmatch(r" *# -- (.+)", line):
+            comment = found[1]
+        elif found := re.fullmatch(r"( *)([\w-]+):(.*)", line):
+            depth = len(found[1]) // 2
+            path[depth:] = [found[2]]
+            told = {above: meaning for above, meaning in told.items() if above < depth}
+            if comment:
+                told[depth] = comment
+                yield tuple(path), comment
+            elif found[3] and not told:
+                raise ValueError(
+                    f"values.yaml:{number} {'.'.join(path)} has no comment, expected `# -- meaning` above it"
+                )
+            comment = ""
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    return _at(tree[path[0]], path[1:]) if path else tree
+
+
+def _inline(value: Any) -> str:
+    return f"`{json.dumps(value)}`" if value != "" else ""
+
+
+def alerts() -> str:
+    found = yaml.safe_load((CHART / "alerts.yaml").read_text("utf-8"))
+    rows = [(f"[{a['alert']}](#{a['alert'].lower()})", a["severity"], a["for"], a["summary"]) for a in found]
+    return table(("alert", "severity", "after", "says"), rows)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ def test_a_document_is_as_generated(path: Path) -> None:
 
 def test_every_table_stands_somewhere() -> None:
     found = [name for path in GENERATED if path.suffix == ".md" for _, name, _ in docs.MARKED.findall(path.read_text())]
-    assert sorted(found) == ["commands", "endpoints", "floors", "policies", "settings"]
+    assert sorted(found) == ["alerts", "commands", "endpoints", "floors", "policies", "settings", "values"]
 
 
 def test_tables_stand_between_their_markers_and_nothing_else_changes() -> None:
