@@ -68,13 +68,21 @@ def _group_share(folder: Path) -> float:
     return 0.0 if limit == "max" else (used - int(stat.get("inactive_file", 0))) / int(limit)
 
 
-class Pressure:
-    """The level of a process. `used` says the share of memory that is used."""
+def give_back() -> None:
+    """Give memory that nothing uses back to the kernel."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
-    def __init__(self, used: Callable[[], float] = memory_used) -> None:
+
+class Pressure:
+    """The level of a process. `used` says the share of memory that is used, `relieve` is called when much of it is."""
+
+    def __init__(self, used: Callable[[], float] = memory_used, relieve: Callable[[], None] = give_back) -> None:
         self.level = Level.NONE
         self.share = 0.0
         self._used = used
+        self._relieve = relieve
 
     def look(self) -> bool:
         """Look anew; whether the level is another one."""
@@ -83,13 +91,6 @@ class Pressure:
         if level < before and self.share >= _STEPS[before - 1] - _BACK:
             level = before
         if level and not before:
-            give_back()
+            self._relieve()
         self.level = level
         return level != before
-
-
-def give_back() -> None:
-    """Give memory that nothing uses back to the kernel."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # another C library has no such function
-        ctypes.CDLL(None).malloc_trim(0)
