@@ -28,6 +28,7 @@ from gateway.console import (
     PoliciesOption,
     StateOption,
     cell,
+    embedded_of,
     fail,
     listen,
     moment,
@@ -202,11 +203,12 @@ def _serve(settings: Settings, started: Started) -> None:
     telemetry.set_up(settings.log)
     listener = listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
-    with store_of(settings) as url, own_signals():
-        settings = replace(settings, redis_url=url)
+    with embedded_of(settings) as store, own_signals():
+        if store is not None:
+            settings = replace(settings, redis_url=store.url)
         if settings.workers:
             read_policies(settings)
-            run = _supervised(settings, listener, started)
+            run = _supervised(settings, listener, started, store.revive if store else lambda: False)
         else:
             run = _alone(settings, listener, started)
         if code := run_or_exit(run, uvloop.run):
@@ -223,7 +225,7 @@ async def _alone(settings: Settings, listener: socket.socket, started: Started) 
     return 0
 
 
-async def _supervised(settings: Settings, listener: socket.socket, started: Started) -> int:
+async def _supervised(settings: Settings, listener: socket.socket, started: Started, revive: Callable[[], bool]) -> int:
     from gateway.supervisor import Supervisor, gateway_command
 
     control = listen(settings.admin_host, settings.admin_port)
@@ -235,6 +237,7 @@ async def _supervised(settings: Settings, listener: socket.socket, started: Star
         delay=settings.drain_delay,
         drain=settings.drain,
         environment=settings.environment(),
+        revive=revive,
     )
     return await supervisor.run(lambda revision: started(settings, revision, settings.workers))
 

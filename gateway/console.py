@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -69,19 +69,31 @@ def read_policies(settings: Settings) -> Snapshot:
         fail(str(error), WRONG)
 
 
-def store_of(settings: Settings) -> Any:
+def store_of(settings: Settings) -> AbstractContextManager[str]:
     """The address of the store, embedded or not, as a context."""
     if settings.redis_url:
         return nullcontext(settings.redis_url)
-    return _embedded(settings.state)
+    return _embedded_url(settings.state)
+
+
+def embedded_of(settings: Settings) -> AbstractContextManager[Embedded | None]:
+    """The embedded store as a context; None where an address is set."""
+    return nullcontext(None) if settings.redis_url else embedded(settings.state)
 
 
 @contextmanager
-def _embedded(state: Path) -> Iterator[str]:
+def _embedded_url(state: Path) -> Iterator[str]:
+    with embedded(state) as server:
+        yield server.url
+
+
+@contextmanager
+def embedded(state: Path) -> Iterator[Embedded]:
+    """The embedded store of a state folder; what an operator can mend is one line."""
     try:
         server = Embedded(state)
         with server:
-            yield server.url
+            yield server
     except StoreError as error:
         fail(str(error), UNUSABLE)
 

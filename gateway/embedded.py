@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -64,6 +65,17 @@ class Embedded:
             else:
                 _shut_down(self._socket)
             os.close(self._lock)
+
+    def revive(self) -> bool:
+        """Start the server again where it has died; whether it had. Raises StoreError where it does not come back."""
+        with socket.socket(socket.AF_UNIX) as asked:
+            if asked.connect_ex(str(self._socket)) == 0:  # one that is busy has nobody who answers, and a queue
+                return False
+        with _starting(self.state):
+            if not _answers(self._socket):
+                self._start()
+                return True
+        return False
 
     def _start(self) -> None:
         log = self.state / "valkey.log"
@@ -146,28 +158,28 @@ def _socket_path(state: Path) -> Path:
     return folder / "valkey.sock"
 
 
-def _sync(socket: Path) -> redis.Redis:
-    return redis.Redis(unix_socket_path=str(socket), socket_timeout=5, retry=redis.retry.Retry(NoBackoff(), 0))
+def _sync(path: Path) -> redis.Redis:
+    return redis.Redis(unix_socket_path=str(path), socket_timeout=5, retry=redis.retry.Retry(NoBackoff(), 0))
 
 
-def _answers(socket: Path) -> bool:
-    if not socket.exists():
+def _answers(path: Path) -> bool:
+    if not path.exists():
         return False
     try:
-        with _sync(socket) as client:
+        with _sync(path) as client:
             return bool(client.ping())
     except Failures:
         return False
 
 
-def _shut_down(socket: Path) -> None:
+def _shut_down(path: Path) -> None:
     try:
-        with _sync(socket) as client:
+        with _sync(path) as client:
             client.shutdown(nosave=True)  # the AOF is written and synced on the way out
     except Failures:
         return
     patience = time.monotonic() + 5
-    while socket.exists() and time.monotonic() < patience:
+    while path.exists() and time.monotonic() < patience:
         time.sleep(0.005)
 
 

@@ -24,10 +24,12 @@ from typing import Literal
 import structlog
 
 from gateway.pipes import Asked, Crew, Line, Told, Worker
+from gateway.store import StoreError
 
 _FIRST, _MOST = 0.1, 30.0  # seconds until what died is started again: at first, and at most
 _STABLE = 10.0  # seconds; who lives that long has not failed to start
 _FAILING = 3  # deaths in a row, after which it is said that somebody has to look
+_LOOKS = 1.0  # seconds between two looks at a store of our own
 _READY = 60.0  # seconds that a new worker has to get ready
 _PATIENCE = 10.0  # seconds beyond what draining may take, until a process is killed
 
@@ -90,8 +92,11 @@ class Supervisor:
         delay: float,
         drain: float,
         environment: Mapping[str, str],
+        revive: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`revive` is called every second, in a thread: it starts a store of our own where that has died."""
         self._command = command
+        self._revive = revive
         self._listeners = listeners
         self._environment = environment
         self._workers = [Place("worker", number) for number in range(1, workers + 1)]
@@ -115,6 +120,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGUSR2, self._roll)
         await asyncio.gather(*(self._start(place) for place in (self._control, *self._workers)))
         self._spawn(self._begin(started))
+        self._spawn(self._look_after_store())
         await self._end.wait()
         await self._finish()
         return self._code
@@ -126,6 +132,15 @@ class Supervisor:
             await place.process.ready.wait()
             told = place.process.told
         await started(told.revision)
+
+    async def _look_after_store(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOKS)
+            try:
+                if await asyncio.to_thread(self._revive):
+                    _log.error("process_died", process="store", how="it did not answer; it was started again")
+            except StoreError as failure:
+                _log.error("store_not_started", reason=str(failure))
 
     # — processes
 

@@ -177,3 +177,26 @@ def test_limits_are_never_evicted(tmp_path: Path) -> None:
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
         mode = Path(embedded.url.removeprefix("unix://")).stat().st_mode
         assert mode & 0o077 == 0
+
+
+def test_a_server_that_has_died_is_started_again_with_all_it_had(tmp_path: Path) -> None:
+    with Embedded(tmp_path) as embedded, redis.Redis.from_url(embedded.url) as client:
+        assert not embedded.revive()
+        client.set("kept", 1)
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+        patience = time.monotonic() + 10
+        while not embedded.revive():
+            assert time.monotonic() < patience
+        assert client.get("kept") == b"1"
+        assert not embedded.revive()
+
+
+def test_a_server_that_is_stopped_is_not_started_beside_itself(tmp_path: Path) -> None:
+    with Embedded(tmp_path) as embedded, redis.Redis.from_url(embedded.url) as client:
+        server = client.info("server")["process_id"]
+        os.kill(server, signal.SIGSTOP)
+        try:
+            assert not embedded.revive()
+        finally:
+            os.kill(server, signal.SIGCONT)
+        assert client.ping()
