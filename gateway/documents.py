@@ -43,6 +43,11 @@ def show(found: object) -> str:
     return str(found).removesuffix(".0") if isinstance(found, float) else f"a {type(found).__name__}"
 
 
+def files_of(directory: Path) -> list[Path]:
+    """The files that policies are read from, in their order. Raises OSError for a directory that cannot be read."""
+    return sorted(p for p in directory.glob("[!.]*.y*ml") if p.suffix in (".yaml", ".yml"))
+
+
 class Source:
     """The files of a directory as one tree of plain values, and the place of every path in it."""
 
@@ -56,7 +61,7 @@ class Source:
         self._values = 0
         self._constructor = yaml.constructor.SafeConstructor()
         self.data: dict[str, Any] = {}
-        files = sorted(p for p in directory.glob("[!.]*.y*ml") if p.suffix in (".yaml", ".yml"))
+        files = files_of(directory)
         if not files:
             raise PolicyError([f"{directory}: holds no .yaml file, expected policy documents"])
         digest = hashlib.sha256()

@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
             "sinks",
             "exports",
         ),
-        *("retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
+        *("retention", "housekeeping", "upstream", "reading", "reload", "console", "admin", "cli"),
     ),
     "typer": ("console", "reports", "exporting", "cli"),
     "uvicorn": ("server", "admin", "cli"),
