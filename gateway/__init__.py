@@ -11,7 +11,7 @@ floor 3, resources: topology, store, embedded, keys, drains, alerts, spool, ends
                     bridge, upstream, credentials, reading, pools
 floor 4, exchange:  exchange, proxy
 floor 5, process:   telemetry, reload, echoes, echo, openapi, reference, app, server, console, queries, charts,
-                    reports, exporting, admin, cli
+                    reports, exporting, figures, forms, shelf, operations, admin, cli
 """
 
 __version__ = "0.1.0"

@@ -22,12 +22,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "httptools": ("wire", "server"),
     "httpx": ("alerts", "sinks", "wire", "bridge", "upstream"),
     "pydantic": ("language", "policy"),
-    "prometheus_client": ("admin",),
+    "prometheus_client": ("figures", "admin"),
     "psycopg": ("postgres",),
     # The last four: for the name of one exception.
     "redis": ("topology", "store", "embedded", "settlements", "admission", "exports", "housekeeping"),
     "rich": ("console",),
-    "starlette": ("app", "echo", "admin"),
+    "starlette": ("app", "echo", "forms", "operations", "admin"),
     "structlog": (
         *(
             "telemetry",
@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
             "sinks",
             "exports",
         ),
-        *("retention", "housekeeping", "upstream", "reading", "reload", "console", "admin", "cli"),
+        *("retention", "housekeeping", "upstream", "reading", "reload", "console", "operations", "admin", "cli"),
     ),
     "typer": ("console", "reports", "exporting", "cli"),
     "uvicorn": ("server", "admin", "cli"),
