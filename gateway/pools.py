@@ -277,7 +277,7 @@ class Policies:
 
     snapshot: Snapshot
     pools: Pools
-    secrets: Secrets = field(default_factory=dict, repr=False)
+    secrets: Secrets = field(default_factory=dict, repr=False, compare=False)
 
     def open(self, request: InferenceRequest, team: str, headers: RawHeaders, way: RawHeaders) -> Opening:
         """The answer to a request, to be entered. Entering raises UpstreamFailed and its kin."""

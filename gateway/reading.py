@@ -59,11 +59,7 @@ def look(reading: Reading) -> Marks:
 
 
 def _marks(directory: Path, files: Iterable[str]) -> Marks:
-    try:
-        documents = files_of(directory)
-    except OSError:
-        documents = []
-    return marks_of([*documents, *files])
+    return marks_of([*files_of(directory), *files])
 
 
 def _read(directory: Path, files: frozenset[str]) -> Reading:

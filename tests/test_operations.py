@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,17 @@ async def test_a_reload_is_asked_of_the_workers_once_the_documents_have_no_mista
             assert (live.reloads.taken, "more" in live.policies.snapshot.teams) == (1, True)
             assert (found["revision"], found["mistakes"]) == (live.reloads.revision, [])
             assert found["workers"] == "are asked to read them"
+
+
+async def test_a_reload_reads_what_seems_to_be_unchanged(desk: Desk) -> None:
+    """As an editor may leave it that keeps size and time; nobody who asks for a reload wants to hear of marks."""
+    before = (await post(desk, "/reload"))["revision"]
+    file = desk.folder / "policies" / "all.yaml"
+    seen = file.stat()
+    file.write_text(file.read_text().replace("10.0.0.1", "10.0.0.2"))
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert (await desk.get("/admin/v1/policies")).json()["revision"] == before
+    assert (await post(desk, "/reload"))["revision"] != before
 
 
 async def test_without_a_supervisor_a_reload_says_that_workers_watch_by_themselves(desk: Desk) -> None:
