@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,27 +54,26 @@ def read(directory: Path, before: Reading | None = None) -> Reading:
 
 def look(reading: Reading) -> Marks:
     """The marks that its files have now: where they differ from its own, something has changed since."""
-    return _marks(reading.directory, reading.files)
-
-
-def _marks(directory: Path, files: Iterable[str]) -> Marks:
-    return marks_of([*files_of(directory), *files])
+    return marks_of([*files_of(reading.directory), *reading.files])
 
 
 def _read(directory: Path, files: frozenset[str]) -> Reading:
-    marks = _marks(directory, files)
+    documents = marks_of(files_of(directory))
     try:
         snapshot = load(directory)
-    except (PolicyError, OSError) as found:
-        mistakes = found.mistakes if isinstance(found, PolicyError) else (f"{directory}: {found}",)
-        return Reading(directory, files, marks, mistakes=mistakes)
+    except PolicyError as found:
+        mistakes = found.mistakes
+    except OSError as unread:
+        mistakes = (f"{directory}: {unread}",)
     except Exception as defect:  # ours: what cannot be read must not end whoever watches
         _log.exception("policies_unreadable")
-        return Reading(directory, files, marks, mistakes=(f"{directory}: {type(defect).__name__}; the log has more",))
-    named = files_named(snapshot)
-    marks = {**{path: mark for path, mark in marks.items() if path not in files - named}, **marks_of(named)}
-    secrets, wrong = secrets_of(snapshot, os.environ)
-    return Reading(directory, named, marks, snapshot, secrets, (*wrong, *wrong_certificates(snapshot)))
+        mistakes = (f"{directory}: {type(defect).__name__}; the log has more",)
+    else:
+        files = files_named(snapshot)
+        marks = {**documents, **marks_of(files)}  # of before they are read
+        secrets, wrong = secrets_of(snapshot, os.environ)
+        return Reading(directory, files, marks, snapshot, secrets, (*wrong, *wrong_certificates(snapshot)))
+    return Reading(directory, files, {**documents, **marks_of(files)}, mistakes=mistakes)
 
 
 @dataclass(slots=True)

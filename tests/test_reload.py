@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ async def test_a_document_that_comes_or_goes_is_a_change(store_url: str) -> None
         (house.settings.policies / "all.yaml").unlink()
         await until(lambda: told.refused == 1)
         assert told.mistakes == (f"{house.settings.policies}: holds no .yaml file, expected policy documents",)
+
+
+async def test_a_gateway_watches_by_itself(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.reload.watch", partial(watch, every=_SOON))
+    async with gateway(store_url, documents(["http://127.0.0.1:9"])) as house:
+        (house.settings.policies / "more.yaml").write_text("models: {other: {pool: demo}}")
+        await until(lambda: "other" in house.gateway.live.policies.snapshot.models)
 
 
 async def test_what_is_still_being_written_is_not_taken(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
