@@ -14,6 +14,7 @@ import random
 import ssl
 import time
 from base64 import b64encode
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from hashlib import blake2b, sha256
 
@@ -78,9 +79,17 @@ class Alerts:
         return f"<Alerts {len(self._pending)} pending>"
 
     def warn(
-        self, charge: Charge, organisation: str, share: float, used: int, window: int, hook: WebhookPolicy | None
+        self,
+        charge: Charge,
+        organisation: str,
+        share: float,
+        used: int,
+        window: int,
+        hook: WebhookPolicy | None,
+        secrets: Mapping[str, str] = os.environ,
     ) -> None:
-        """Tell that `used` of a limit has reached a share of it, in the window that the store gave the admission."""
+        """Tell that `used` of a limit has reached a share of it, in the window that the store gave the admission. The
+        secret of the webhook is among `secrets`."""
         limit = charge.limit
         _log.warning(
             "limit_warning",
@@ -96,9 +105,9 @@ class Alerts:
         if hook is None:
             return
         try:
-            secret = signing_key(os.environ.get(hook.secret_env, ""))
+            secret = signing_key(secrets.get(hook.secret, ""))
         except ValueError as lacking:
-            _log.error("webhook_without_secret", variable=hook.secret_env, reason=str(lacking))
+            _log.error("webhook_without_secret", variable=hook.secret, reason=str(lacking))
             return
         body = _body(charge, organisation, share, used, window)
         self._send(Message(_id(charge, share, window), hook.url, secret, body))

@@ -41,7 +41,6 @@ from gateway.housekeeping import Housekeeping
 from gateway.identity import Principal
 from gateway.keys import KeyRing
 from gateway.openapi import openapi
-from gateway.policy import load
 from gateway.pools import Live
 from gateway.pressure import Level
 from gateway.proxy import Proxy
@@ -277,16 +276,16 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
-    policies = reload.opened(load(settings.policies))
-    policies.pools.watch()
+    live = reload.opened(settings.policies)
     store = Store(store_url, deadline=settings.store_deadline)
     secret = pepper(settings)
     keys = KeyRing(store, secret)
-    live, alerts = Live(policies), Alerts()
+    alerts = Alerts()
 
     def reached(organisation: str, charge: Charge, number: int, used: int, window: int) -> None:
         share = charge.limit.warn_at[number - 1]
-        alerts.warn(charge, organisation, share, used, window, live.policies.snapshot.gateway.webhook)
+        policies = live.policies
+        alerts.warn(charge, organisation, share, used, window, policies.snapshot.gateway.webhook, policies.secrets)
 
     spool = Spool(settings.spools, most=settings.spool_most)
     await spool.probe()
@@ -296,7 +295,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     with suppress(StoreUnavailable):
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
-    endless = (keys.follow(), admission.keep_up(), admission.settlements.keep_up(), chores.run(), followed)
+    watched = reload.watch(live, settings.policies)
+    endless = (keys.follow(), admission.keep_up(), admission.settlements.keep_up(), chores.run(), followed, watched)
     tasks = [asyncio.ensure_future(work) for work in endless]
     for task in tasks:
         task.add_done_callback(_over)

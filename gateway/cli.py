@@ -17,12 +17,12 @@ from datetime import timedelta
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
-from urllib.parse import urlsplit
 
 import typer
 
 from gateway.console import (
     PATIENCE,
+    USAGE,
     WRONG,
     JsonOption,
     PoliciesOption,
@@ -31,7 +31,6 @@ from gateway.console import (
     embedded_of,
     fail,
     listen,
-    moment,
     own_signals,
     read_policies,
     read_settings,
@@ -51,7 +50,6 @@ from gateway.store import Store
 if TYPE_CHECKING:
     from gateway.app import Gateway
     from gateway.keys import KeyRing
-    from gateway.language import UpstreamPolicy
 
 _DEMO_PORT = 8000
 
@@ -100,8 +98,7 @@ def serve(
     admin_host: AdminHostOption = None,
     admin_port: AdminPortOption = None,
 ) -> None:
-    """Serve, until SIGTERM or Ctrl-C: workers on one port, and a control plane beside them. SIGHUP reads the policies
-    anew, SIGUSR2 replaces the workers one by one."""
+    """Serve: workers on one port, a control plane beside them. SIGHUP reads policies anew, SIGUSR2 replaces workers."""
     given = {"host": host, "port": port, "workers": workers, "admin_host": admin_host, "admin_port": admin_port}
     _serve(read_settings(policies=policies, state=state, **given), _announce)
 
@@ -147,17 +144,18 @@ def echo(
 
 @app.command()
 def admin(
+    policies: PoliciesOption = None,
     state: StateOption = None,
     host: Annotated[str | None, typer.Option(help="address to listen on [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="port to listen on [9090]")] = None,
 ) -> None:
-    """Serve the control plane alone: what `gateway serve` has beside its workers (see gateway/admin.py)."""
+    """Serve the control plane alone: figures, reports, keys, limits and upstreams, for who has the admin key."""
     import uvloop
 
     from gateway import telemetry
     from gateway.admin import serve
 
-    settings = read_settings(state=state, admin_host=host, admin_port=port)
+    settings = read_settings(policies=policies, state=state, admin_host=host, admin_port=port)
     telemetry.set_up(settings.log)
     with store_of(settings) as url, own_signals():
         run_or_exit(serve(settings, url, listen(settings.admin_host, settings.admin_port)), uvloop.run)
@@ -324,12 +322,17 @@ def keys_create(
     state: StateOption = None,
 ) -> None:
     """Create a key. It is shown once, and kept as a hash."""
+    from gateway.keys import expiry
+
     settings = read_settings(policies=policies, state=state)
     teams = read_policies(settings).teams
     if team not in teams:
         fail(f'"{team}" is no team of {settings.policies}/, expected one of {", ".join(teams) or "(none)"}', WRONG)
     patterns = tuple(part.strip() for part in models.split(",")) if models else ()
-    until = None if expires is None else moment(expires, future=True)
+    try:
+        until = None if expires is None else expiry(expires, time.time())
+    except ValueError as unclear:
+        fail(str(unclear), USAGE)
 
     async def create(ring: KeyRing) -> None:
         record, key = await ring.create(team, user=user, name=name, models=patterns, expires=until)
@@ -382,17 +385,13 @@ UpstreamArgument = Annotated[str, typer.Argument(metavar="UPSTREAM", help="POOL/
 @upstreams_app.command("list")
 def upstreams_list(as_json: JsonOption = False, policies: PoliciesOption = None, state: StateOption = None) -> None:
     """List the upstreams of the policies, and which of them are drained."""
-    from gateway.drains import drained
+    from gateway.drains import listed
 
     settings = read_settings(policies=policies, state=state)
-    known = _upstreams(settings)
+    snapshot = read_policies(settings)
 
     async def show(store: Store) -> None:
-        by_command = await drained(store)
-        rows = []
-        for name, own in known.items():
-            by = "by command" if name in by_command else "by policy" if own.drain else None
-            rows.append({"upstream": name, "weight": own.weight, "drained": by})
+        rows = await listed(store, snapshot)
         if as_json:
             typer.echo(json.dumps(rows))
             return
@@ -423,16 +422,12 @@ def upstreams_resume(upstream: UpstreamArgument, policies: PoliciesOption = None
 def _change_upstream(
     settings: Settings, upstream: str, change: Callable[[Store, str], Coroutine[Any, Any, None]]
 ) -> None:
-    known = _upstreams(settings)
+    from gateway.drains import upstreams_of
+
+    known = upstreams_of(read_policies(settings))
     if upstream not in known:
         fail(f'"{upstream}" is no upstream of the policies, expected one of {", ".join(known)}', WRONG)
     with_store(settings, lambda store: change(store, upstream))
-
-
-def _upstreams(settings: Settings) -> dict[str, UpstreamPolicy]:
-    """The upstreams of the policies, by the names that commands and logs have for them."""
-    pools = read_policies(settings).pools
-    return {f"{name}/{urlsplit(own.url).netloc}": own for name, pool in pools.items() for own in pool.upstreams}
 
 
 # — limits
@@ -449,6 +444,7 @@ def limits(
 ) -> None:
     """Show where a key stands: every limit that binds it, what is used, reserved and left, and when that ends."""
     from gateway.explain import Looks, limits_of
+    from gateway.identity import written_id
     from gateway.keys import KeyRing
 
     settings = read_settings(policies=policies, state=state)
@@ -460,7 +456,7 @@ def limits(
     async def show(store: Store) -> None:
         ring = KeyRing(store, pepper(settings))
         await ring.load()
-        principal = ring.principal(key_id.removeprefix("gw_").partition("_")[0])
+        principal = ring.principal(written_id(key_id))
         if principal is None:
             fail("no key in force has this id; gateway keys list shows them all", WRONG)
         models = snapshot.public_models if named is None else (named,)

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, options, settings and stores opened, times read, tables drawn.
+"""What the commands share: exit codes, options, settings and stores opened, tables drawn.
 
 Exit codes: 0 done; 1 the thing asked about is wrong or not there; 2 the command line is wrong; 3 the store or the
 address cannot be used.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -182,25 +180,7 @@ def own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# — words and tables
-
-_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def moment(text: str, *, future: bool) -> float:
-    """A time: so long from now (or ago), or a date; seconds since 1970."""
-    now = time.time()
-    match = re.fullmatch(r"([0-9]{1,5})([mhdw])", text)
-    if match:
-        distance = int(match[1]) * _UNITS[match[2]]
-        return now + (distance if future else -distance)
-    try:
-        at = datetime.fromisoformat(text).astimezone().timestamp()
-    except (ValueError, OverflowError, OSError):
-        fail(f'"{text}" is no time, expected for example 30d, 12h or 2027-01-31', USAGE)
-    if future and at <= now:
-        fail(f'"{text}" is past, expected a time to come', USAGE)
-    return at
+# — tables
 
 
 def cell(value: object) -> str:

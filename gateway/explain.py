@@ -16,6 +16,11 @@ from gateway.terms import Charge, Users, looked_at, may_use, whom
 _AT_ONCE = 50  # counts that are asked for in one script: others wait for it
 
 
+def team_itself(team: str) -> Principal:
+    """A team as a caller without a key: limits per key, and per user where none is named, do not bind it."""
+    return Principal(key_id="", team=team, user=None, models=())
+
+
 class Looks:
     """The script of admissions, asked what would be. No admission waits in one trip with these."""
 
@@ -49,7 +54,8 @@ async def limits_of(
     for model in models:
         if may_use(principal, team, model.name):
             charges.update((charge.key, charge) for charge in looked_at(principal, team, model, stored))
-    asked = list(charges.values())
+    nobody: set[str] = set() if principal.key_id else {"key"} | ({"user"} if stored is None else set())
+    asked = [charge for charge in charges.values() if nobody.isdisjoint(charge.limit.per)]
     standings = [
         standing
         for start in range(0, len(asked), _AT_ONCE)

@@ -58,6 +58,11 @@ def key_id_of(key: bytes) -> str | None:
     return key[3 : 3 + _ID].decode()
 
 
+def written_id(text: str) -> str:
+    """The id of a key as people write it: by itself, or with what stands around it in the key, gw_ID_…"""
+    return text.removeprefix("gw_").partition("_")[0]
+
+
 def hash_key(pepper: bytes, key: bytes) -> str:
     """What is stored of a key: HMAC-SHA256 under the pepper, 64 hex digits. It opens nothing by itself."""
     return hmac.digest(pepper, key, "sha256").hex()

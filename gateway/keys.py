@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import random
+import re
 import time
 from collections.abc import Awaitable, Iterable
 from datetime import datetime
@@ -64,6 +65,24 @@ class KeyRecord(msgspec.Struct, frozen=True):
             "state": self.state(now),
             **times,
         }
+
+
+_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def expiry(text: str, now: float) -> float:
+    """When a key expires that is to last so long (30d), or until then (2027-01-31): seconds since 1970. Raises
+    ValueError."""
+    lasting = re.fullmatch(r"([0-9]{1,5})([mhdw])", text)
+    if lasting:
+        return now + int(lasting[1]) * _UNITS[lasting[2]]
+    try:
+        at = datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(f'"{text}" is no time, expected for example 30d, 12h or 2027-01-31') from None
+    if at <= now:
+        raise ValueError(f'"{text}" is past, expected a time to come')
+    return at
 
 
 _decode = msgspec.json.Decoder(KeyRecord).decode

@@ -149,6 +149,7 @@ _HEADER = (
     r"|transfer-encoding|upgrade|via|x-api-key|x-forwarded-.*|x-real-ip|x-request-id|x-stainless-.*)$)[a-z0-9-]{1,64}"
 )
 _TABLE = r"(?:[a-z_][a-z0-9_]{0,47}\.)?[a-z_][a-z0-9_]{0,47}"  # PostgreSQL has 63; a partition's name is longer
+_FILE = r"/[^\x00-\x1f\x7f]{1,1000}"
 _FOLDER = r"/[^\x00-\x1f\x7f]{0,1000}"
 _EVENT_WORD = r"[!-~]{1,200}"
 _NUMBER = r"[0-9]{1,15}(\.[0-9]{1,15})?\s*"
@@ -227,6 +228,11 @@ Folder = Annotated[
     AfterValidator(partial(_matching, _FOLDER, "no folder, expected one from the root on, such as /var/lib/usage")),
     _form(_FOLDER, "/var/lib/gateway/usage"),
 ]
+SecretFile = Annotated[
+    str,
+    AfterValidator(partial(_matching, _FILE, "no file, expected its path from the root on, such as /run/secrets/key")),
+    _form(_FILE, "/run/secrets/upstream/key"),
+]
 EventWord = Annotated[
     str,
     AfterValidator(partial(_matching, _EVENT_WORD, "no word of an event, expected ASCII without a blank")),
@@ -264,9 +270,22 @@ class WebhookPolicy(_Document):
     """Where warnings go, signed as Standard Webhooks are."""
 
     url: HookUrl = Field(description="gets a POST for each")
-    secret_env: str = Field(
-        description="the environment variable that holds the secret: whsec_ and base64 of 24 to 64 bytes"
+    secret_env: str | None = Field(
+        None, description="the environment variable that holds the secret: whsec_ and base64 of 24 to 64 bytes"
     )
+    secret_file: SecretFile | None = Field(None, description="or the file that holds it, see `key_file` of upstreams")
+
+    @property
+    def secret(self) -> str:
+        """The variable or the file that holds it."""
+        return self.secret_file or self.secret_env or ""
+
+    @model_validator(mode="after")
+    def _one_secret(self) -> Self:
+        if (self.secret_env is None) == (self.secret_file is None):
+            found = "neither secret_env nor secret_file" if self.secret_env is None else "secret_env and secret_file"
+            raise ValueError(f"has {found}, expected one of them")
+        return self
 
 
 def signing_key(secret: str) -> bytes:
@@ -415,9 +434,23 @@ class UpstreamPolicy(_Document):
 
     url: Url = Field(description="its base, without /v1")
     key_env: str | None = Field(None, description="the environment variable that holds the credential it asks for")
+    key_file: SecretFile | None = Field(
+        None, description="or the file that holds it, which is read anew when it changes; blanks around it do not count"
+    )
     weight: int = Field(1, ge=1, le=1000, description="its share of the requests, beside the others' weights")
     max_in_flight: int = Field(256, ge=1, description="requests at once")
     drain: bool = Field(False, description="true: it gets no new request, and ends those that it has")
+
+    @property
+    def key(self) -> str | None:
+        """The variable or the file that holds its credential; None: it asks for none."""
+        return self.key_file or self.key_env
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        if self.key_env is not None and self.key_file is not None:
+            raise ValueError("has key_env and key_file, expected one of them at most")
+        return self
 
 
 class RetryPolicy(_Document):
@@ -456,6 +489,11 @@ class TlsPolicy(_Document):
     certificate: str | None = Field(None, description="file of the gateway's own certificate, and of those above it")
     key: str | None = Field(None, description="file of its key; left out: it stands with the certificate")
     server_name: str | None = Field(None, description="the name that certificates must have; left out: the url's host")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that it names; they are read anew when they change."""
+        return tuple(file for file in (self.ca, self.certificate, self.key) if file is not None)
 
     @model_validator(mode="after")
     def _key_of_something(self) -> Self:

@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
 
@@ -18,10 +18,13 @@ from gateway.asgi import RawHeaders, header
 from gateway.balance import Rotation, Weighed, by_affinity, least_busy
 from gateway.bridge import Bridge
 from gateway.context import UNSAID, room
+from gateway.credentials import Secrets
 from gateway.errors import BadRequest, Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
+from gateway.marks import Mark, marks_of
 from gateway.normalize import InferenceRequest, fitted, instead
+from gateway.reading import Reloads
 from gateway.snapshot import Snapshot
 from gateway.upstream import Answer, Upstream, cause_of
 from gateway.wire import Wire, trusting
@@ -212,22 +215,24 @@ def _is_underway(request: InferenceRequest) -> bool:
 class Pools:
     """All pools of a policy, by name. An upstream that was there before keeps its connections and its health."""
 
-    def __init__(
-        self, policies: Mapping[str, PoolPolicy], environment: Mapping[str, str], before: Pools | None = None
-    ) -> None:
+    def __init__(self, policies: Mapping[str, PoolPolicy], secrets: Secrets, before: Pools | None = None) -> None:
         """Raises OSError for a certificate that cannot be read; nothing has changed then."""
         held = {} if before is None else before._upstreams
         self._upstreams: dict[_Identity, Upstream] = {}
         for name, policy in policies.items():
+            certificates = tuple(marks_of(policy.tls.files).values()) if policy.tls else ()
             for own in policy.upstreams:
-                identity = (name, own.url, own.key_env, policy.transport, policy.tls)
-                self._upstreams[identity] = held.get(identity) or _upstream(policy, own, environment)
+                identity = (name, own.url, own.key, policy.transport, policy.tls, certificates)
+                self._upstreams[identity] = held.get(identity) or _upstream(policy, own)
         self._drained: frozenset[str] = frozenset() if before is None else before._drained
         upstreams = iter(self._upstreams.values())
         self._pools = {
             name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))))
             for name, policy in policies.items()
         }
+        for pool in self._pools.values():
+            for upstream, own in zip(pool.upstreams, pool.policy.upstreams, strict=True):
+                upstream.authorize(pool.policy.api, secrets.get(own.key or "", ""))
         self.drain(self._drained)
 
     def __repr__(self) -> str:
@@ -255,16 +260,15 @@ class Pools:
             await upstream.retire()
 
 
-_Identity = tuple[str, str, str | None, str, TlsPolicy | None]
+_Identity = tuple[str, str, str | None, str, TlsPolicy | None, tuple[Mark, ...]]
 
 
-def _upstream(policy: PoolPolicy, own: UpstreamPolicy, environment: Mapping[str, str]) -> Upstream:
+def _upstream(policy: PoolPolicy, own: UpstreamPolicy) -> Upstream:
     tls = policy.tls or TlsPolicy.model_construct()
     trusted = trusting(tls.ca, tls.certificate, tls.key) if policy.tls else None
     kind = {"wire": Wire, "httpx": Bridge}[policy.transport]
     transport = kind(own.url, ssl_context=trusted, server_name=tls.server_name)
-    key = environment.get(own.key_env, "").strip() if own.key_env else None  # a mounted secret ends with a line's end
-    return Upstream(policy, own, transport, key)
+    return Upstream(policy, own, transport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +277,7 @@ class Policies:
 
     snapshot: Snapshot
     pools: Pools
+    secrets: Secrets = field(default_factory=dict, repr=False, compare=False)
 
     def open(self, request: InferenceRequest, team: str, headers: RawHeaders, way: RawHeaders) -> Opening:
         """The answer to a request, to be entered. Entering raises UpstreamFailed and its kin."""
@@ -280,7 +285,9 @@ class Policies:
 
 
 class Live:
-    """The policies in force, swapped whole."""
+    """The policies in force, swapped whole, and what became of the documents that they are made of."""
 
-    def __init__(self, policies: Policies) -> None:
+    def __init__(self, policies: Policies, reloads: Reloads) -> None:
         self.policies = policies
+        self.reloads = reloads
+        self.turn = asyncio.Lock()  # of who changes them

@@ -3,59 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 import structlog
 
 from gateway.documents import PolicyError
-from gateway.language import signing_key
-from gateway.policy import load
 from gateway.pools import Live, Policies, Pools
-from gateway.snapshot import Snapshot
+from gateway.reading import Reading, Reloads, look, read
 
+_LOOK_EVERY = 1.0  # seconds
 _log = structlog.get_logger("gateway.policies")
-_one_at_a_time = asyncio.Lock()
 
 
-def opened(snapshot: Snapshot, before: Pools | None = None) -> Policies:
-    """A snapshot with its pools. Raises PolicyError for a file that the policies name and that cannot be read."""
-    for name, pool in snapshot.pools.items():
-        for upstream in pool.upstreams:
-            key = os.environ.get(upstream.key_env, "").strip() if upstream.key_env else "-"
-            if not (key.isascii() and key.isprintable()):
-                raise PolicyError([f"pools.{name}: {upstream.key_env} holds no credential, expected printable ASCII"])
-            if not key:
-                _log.warning("upstream_without_key", pool=name, url=upstream.url, variable=upstream.key_env)
-    hook = snapshot.gateway.webhook
-    if hook is not None:
-        try:
-            signing_key(os.environ.get(hook.secret_env, ""))
-        except ValueError as lacking:
-            raise PolicyError([f"gateway.webhook.secret_env: {hook.secret_env} {lacking}"]) from None
-    try:
-        return Policies(snapshot, Pools(snapshot.pools, os.environ, before))
-    except OSError as unread:
-        raise PolicyError([f"pools: tls: {unread}"]) from unread
+def opened(directory: Path) -> Live:
+    """The policies of a directory in force. Raises PolicyError for a mistake in them, or in a file that they name."""
+    reading = read(directory)
+    reloads = Reloads.begun(reading)
+    live = Live(_open(reading), reloads)
+    live.policies.pools.watch()
+    return live
 
 
 async def reload(live: Live, directory: Path) -> bool:
     """Take the documents as they are now; with a mistake in them everything stays as it is. Returns whether it did."""
-    async with _one_at_a_time:
-        return await _reload(live, directory)
+    async with live.turn:
+        # Off the loop: thousands of teams are read in most of a second.
+        reading = await asyncio.to_thread(read, directory, live.reloads.reading)
+        before = live.policies
+        try:
+            policies = _open(reading, before.pools)
+        except PolicyError as found:
+            live.reloads.refuse(reading, found.mistakes)
+            _log.error("policies_refused", mistakes=found.mistakes, revision=live.reloads.revision)
+            return False
+        live.policies = policies
+        live.reloads.take(reading)
+        policies.pools.watch()
+        _log.info("policies_taken", revision=live.reloads.revision)
+        await before.pools.retire(policies.pools)
+        return True
 
 
-async def _reload(live: Live, directory: Path) -> bool:
-    before = live.policies
+async def watch(live: Live, directory: Path, every: float = _LOOK_EVERY) -> None:
+    """Take the documents whenever they, or the files that they name, have changed and stood still for a look; for ever.
+
+    What was refused is looked at again when it changes again: one line in the log for each mistake that is made.
+    """
+    before = live.reloads.reading.marks
+    while True:
+        await asyncio.sleep(every)
+        now = await asyncio.to_thread(look, live.reloads.reading)
+        if now == before and now != live.reloads.reading.marks:
+            await reload(live, directory)
+        before = now
+
+
+def _open(reading: Reading, before: Pools | None = None) -> Policies:
+    """What was read with its pools. Raises PolicyError; nothing has changed then."""
+    snapshot = reading.found()
+    for name, pool in snapshot.pools.items():
+        for upstream in pool.upstreams:
+            if upstream.key_env and not reading.secrets[upstream.key_env]:
+                _log.warning("upstream_without_key", pool=name, url=upstream.url, variable=upstream.key_env)
     try:
-        snapshot = await asyncio.to_thread(load, directory)  # thousands of teams are read in most of a second
-        policies = opened(snapshot, before.pools)
-    except (PolicyError, OSError) as found:
-        mistakes = found.mistakes if isinstance(found, PolicyError) else (str(found),)
-        _log.error("policies_refused", mistakes=mistakes, revision=before.snapshot.revision)
-        return False
-    live.policies = policies
-    policies.pools.watch()
-    _log.info("policies_taken", revision=live.policies.snapshot.revision)
-    await before.pools.retire(live.policies.pools)
-    return True
+        return Policies(snapshot, Pools(snapshot.pools, reading.secrets, before), reading.secrets)
+    except OSError as unread:  # changed since it was read
+        raise PolicyError([f"pools: tls: {unread}"]) from unread

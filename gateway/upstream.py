@@ -17,7 +17,7 @@ from gateway.asgi import END, Message, RawHeaders, end_to_end
 from gateway.errors import GatewayError, UpstreamFailed
 from gateway.health import Health, Outcome, Turn
 from gateway.hops import Travelling, carried, travelling
-from gateway.language import Cause, PoolPolicy, Timeouts, UpstreamPolicy
+from gateway.language import Api, Cause, PoolPolicy, Timeouts, UpstreamPolicy
 from gateway.normalize import InferenceRequest, renamed
 from gateway.sse import LAST_WORDS, UsageFilter, at_boundary, error_event, finished
 from gateway.uploads import Upload
@@ -68,9 +68,7 @@ def cause_of(failure: UpstreamFailed) -> Cause | None:
 class Upstream:
     """A backend of one pool. It outlives a reload of the policies that leaves its address alone."""
 
-    def __init__(
-        self, policy: PoolPolicy, own: UpstreamPolicy, transport: httpx.AsyncBaseTransport, key: str | None
-    ) -> None:
+    def __init__(self, policy: PoolPolicy, own: UpstreamPolicy, transport: httpx.AsyncBaseTransport) -> None:
         base = httpx.URL(own.url)
         self.name = base.netloc.decode()
         self.transport = transport
@@ -80,13 +78,7 @@ class Upstream:
         self._retired = False
         self._base = base
         self._urls: dict[str, httpx.URL] = {}
-        self._head: RawHeaders = [
-            (b"host", base.netloc),
-            (b"accept-encoding", b"identity"),  # the tail is read; what a backend encodes all the same passes as it is
-        ]
-        if key:
-            by_name = (b"x-api-key", key.encode())
-            self._head.append(by_name if policy.api == "anthropic" else (b"authorization", f"Bearer {key}".encode()))
+        self.authorize(policy.api, "")
         self._probes: asyncio.Task[None] | None = None
 
     def join(self, pool: str, policy: PoolPolicy, own: UpstreamPolicy, may_eject: Callable[[], bool]) -> None:
@@ -97,6 +89,17 @@ class Upstream:
         self._health_policy = policy.health
         self._table: Travelling = travelling(policy.forward_headers)
         self.health.adopt(policy.health, policy.slow_start)
+
+    def authorize(self, api: Api, key: str) -> None:
+        """Show this credential from the next request on, as backends of this kind want it; empty: none."""
+        head = [
+            (b"host", self._base.netloc),
+            (b"accept-encoding", b"identity"),  # the tail is read; what a backend encodes all the same passes as it is
+        ]
+        if key:
+            by_name = (b"x-api-key", key.encode())
+            head.append(by_name if api == "anthropic" else (b"authorization", f"Bearer {key}".encode()))
+        self._head: RawHeaders = head
 
     def __repr__(self) -> str:
         out = ", out" if self.health.out else ""

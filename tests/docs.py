@@ -80,6 +80,8 @@ def commands() -> str:
 
 def _commands(group: TyperGroup, prefix: str) -> Iterator[tuple[str, str]]:
     for name, command in group.commands.items():
+        if command.hidden:
+            continue
         if not isinstance(command, TyperGroup) or command.invoke_without_command:
             words = [prefix, name, *filter(None, map(_argument, command.params))]
             yield f"`{' '.join(words)}`", (command.help or "").partition("\n\n")[0]

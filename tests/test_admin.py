@@ -7,15 +7,20 @@ import io
 import json
 import os
 import stat
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 import redis
+import yaml
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import admin
@@ -44,10 +49,27 @@ class Desk:
         write(self.client, [record(number, **given)], int(at.timestamp() * 1000))
 
     async def get(self, path: str, key: str | None = KEY, **headers: str) -> httpx.Response:
+        return await self.ask("GET", path, key=key, headers=headers)
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None = None,
+        *,
+        key: str | None = KEY,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
+        headers = dict(headers or {})
         if key is not None:
             headers["authorization"] = f"Bearer {key}"
-        async with httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=20) as client:
-            return await client.get(path, headers=headers)
+        async with httpx.AsyncClient(base_url=self.url, trust_env=False, verify=False, timeout=20) as client:
+            return await client.request(method, path, headers=headers, content=content)
+
+    def policies(self, documents: Mapping[str, Any]) -> None:
+        """Write the policies that the control plane reads."""
+        (self.folder / "policies").mkdir(exist_ok=True)
+        (self.folder / "policies" / "all.yaml").write_text(yaml.safe_dump(dict(documents), sort_keys=False))
 
     async def data(self, path: str) -> list[dict[str, Any]]:
         answer = await self.get(path)
@@ -70,10 +92,18 @@ class Desk:
 
 
 @asynccontextmanager
-async def opened(store_url: str, folder: Path, **given: str) -> AsyncIterator[Desk]:
-    settings = Settings.read({}, **{"state": folder, "key_pepper": "of the tests", "admin_key": KEY, **given})
+async def opened(
+    store_url: str,
+    folder: Path,
+    *,
+    ask_reload: Callable[[], Awaitable[None]] | None = None,
+    workers: Callable[[], Mapping[str, int]] | None = None,
+    **given: Any,
+) -> AsyncIterator[Desk]:
+    ours = {"state": folder, "policies": folder / "policies", "key_pepper": "of the tests", "admin_key": KEY}
+    settings = Settings.read({}, **{**ours, **given})
     async with AsyncExitStack() as stack:
-        app = await stack.enter_async_context(admin.opened(settings, store_url))
+        app = await stack.enter_async_context(admin.opened(settings, store_url, ask_reload=ask_reload, workers=workers))
         url = await stack.enter_async_context(house.served(app))
         yield Desk(url, redis.Redis.from_url(store_url), folder)
 
@@ -160,7 +190,7 @@ async def test_filters_span_and_zone_hold(desk: Desk) -> None:
     since, until = (f"{YESTERDAY + timedelta(hours=hour):%Y-%m-%dT%H:00Z}" for hour in (1, 2))
     assert await teams(f"since={since}") == {"b", "c"}
     assert await teams(f"since={since}&until={until}") == {"b"}
-    (hour, *_) = await desk.data("/admin/v1/usage?by=hour,team&team=a&zone=Asia/Kolkata")
+    (hour, *_) = await desk.data("/admin/v1/usage?by=hour,team&team=a&zone=Asia/Kolkata&since=3d")
     assert hour["hour"] == f"{YESTERDAY:%Y-%m-%d}T15:00+05:30"
 
 
@@ -219,8 +249,7 @@ async def test_a_path_or_a_method_that_is_not_there_is_told(desk: Desk) -> None:
     answer = await desk.get("/admin/v1/usage/")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert "/admin/v1/exports" in answer.json()["error"]["message"]
-    async with httpx.AsyncClient(trust_env=False) as client:
-        answer = await client.post(f"{desk.url}/admin/v1/usage")
+    answer = await desk.ask("POST", "/admin/v1/usage")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
     assert (await desk.get("/admin/v1/exports?team=a")).status_code == 400
 
@@ -302,6 +331,57 @@ async def test_sums_that_cannot_be_read_and_another_pepper_are_told(desk: Desk, 
     desk.client.hset(sums_key("acme", "hour", hour), "no array", b"\xc1")
     answer = await desk.get("/admin/v1/usage?by=hour&since=2d")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+
+
+# — health, and the figures of the workers
+
+
+@pytest.mark.parametrize(
+    ("workers", "reasons"),
+    [
+        (None, []),
+        ({"ready": 1, "starting": 0, "draining": 0}, []),
+        ({"ready": 1, "starting": 1, "draining": 1}, []),
+        ({"ready": 0, "starting": 2, "draining": 1}, ["no worker is ready: 2 starting, 1 draining"]),
+        ({}, ["no worker is ready: there is none"]),
+        ({"ready": 2, "stopping": 1}, ["the gateway is stopping"]),
+        (
+            {"ready": 0, "draining": 2, "stopping": 1},
+            ["the gateway is stopping", "no worker is ready: 2 draining"],
+        ),
+    ],
+)
+async def test_it_is_ready_while_a_worker_is_and_says_why_not(
+    store_url: str, tmp_path: Path, workers: dict[str, int] | None, reasons: list[str]
+) -> None:
+    async with opened(store_url, tmp_path, workers=None if workers is None else lambda: workers) as desk:
+        answer = await desk.get("/healthz/ready", key=None)
+    word = "not ready" if reasons else "ready"
+    assert (answer.status_code, answer.json()) == (503 if reasons else 200, {"status": word, "reasons": reasons})
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+async def test_what_workers_count_is_told_beside_and_no_name_twice(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, as_text: bool
+) -> None:
+    asked: list[Path] = []
+
+    def gathered(state: Path) -> Any:
+        asked.append(state)
+        if as_text:
+            takes = b"# TYPE gateway_takes counter\ngateway_takes_total 7\n"
+            return takes + b"# TYPE gateway_store_up gauge\ngateway_store_up 5\n"
+        return [CounterMetricFamily("gateway_takes", "n", value=7), GaugeMetricFamily("gateway_store_up", "n", 5)]
+
+    module = ModuleType("gateway.metrics")
+    module.gathered = gathered  # type: ignore[attr-defined]
+    module.__spec__ = ModuleSpec("gateway.metrics", None)
+    monkeypatch.setitem(sys.modules, "gateway.metrics", module)
+    figures = await desk.figures()
+    assert asked == [desk.folder]
+    names = ("gateway_takes_total", "gateway_store_up", "gateway_spool_files")
+    assert [figures[name,] for name in names] == [7, 5, 0]
+    assert (await desk.get("/metrics", key=None)).text.count("\ngateway_store_up ") == 1
 
 
 # — the command

@@ -385,3 +385,16 @@ async def test_at_the_end_a_receiver_that_does_not_answer_is_left() -> None:
 async def test_a_message_does_not_show_its_secret() -> None:
     message = alerts.Message("msg_1", "https://hooks.example.com/path", KEY, b"{}")
     assert repr(message) == "<Message msg_1 to hooks.example.com>"
+
+
+async def test_the_secret_of_a_webhook_may_be_a_files() -> None:
+    """Which policies read: it is among their secrets by its path, and nothing of the environment counts."""
+    async with Backend(answering(204)) as backend, quick() as (told, lines):
+        charge = Charge(MONTH, key_of(MONTH), "team research", 7)
+        hook = WebhookPolicy(url=f"{backend.url}/limits", secret_file="/run/secrets/hook")
+        for secrets in ({"/run/secrets/hook": SECRET}, {"HOOK_SECRET": SECRET}):
+            told.warn(charge, "acme", 0.8, 1, NOVEMBER, hook, secrets)
+            await done(told)
+        assert verified(backend.requests[0])
+    assert len(backend.requests) == 1
+    assert [line["variable"] for line in of(lines, "webhook_without_secret")] == ["/run/secrets/hook"]

@@ -627,7 +627,10 @@ MISTAKES = {
     ),
     "a number for members": (
         "pools:\n  demo: {upstreams: [7]}",
-        "a.yaml:2 pools.demo.upstreams[0]: 7 is a number, expected members: url, key_env, weight, max_in_flight, drain",
+        (
+            "a.yaml:2 pools.demo.upstreams[0]: 7 is a number, "
+            "expected members: url, key_env, key_file, weight, max_in_flight, drain"
+        ),
     ),
     "a list that holds nothing": (
         limit("name: l, count: usd, rate: 1/day, per: []"),
@@ -747,7 +750,7 @@ MISTAKES = {
     ),
     "a member of a webhook": (
         "gateway: {webhook: {url: 'http://a', secret_env: A, key: b}}\n",
-        "a.yaml:1 gateway.webhook.key: is unknown, expected one of url, secret_env",
+        "a.yaml:1 gateway.webhook.key: is unknown, expected one of url, secret_env, secret_file",
     ),
     "a sink that nobody knows": (
         "exports:\n  a:\n    batch: 1\n    to: kafka\n",
@@ -896,7 +899,22 @@ MISTAKES = {
     ),
     "a webhook without a secret": (
         "gateway:\n  webhook: {url: 'https://a/b'}",
-        "a.yaml:2 gateway.webhook.secret_env: is missing",
+        "a.yaml:2 gateway.webhook: has neither secret_env nor secret_file, expected one of them",
+    ),
+    "a webhook with two secrets": (
+        "gateway:\n  webhook: {url: 'https://a/b', secret_env: A, secret_file: /a}",
+        "a.yaml:2 gateway.webhook: has secret_env and secret_file, expected one of them",
+    ),
+    "an upstream with two credentials": (
+        "pools:\n  demo:\n    upstreams:\n      - {url: 'http://a', key_env: A, key_file: /a}",
+        "a.yaml:4 pools.demo.upstreams[0]: has key_env and key_file, expected one of them at most",
+    ),
+    "a credential in a file of some directory": (
+        "pools:\n  demo: {upstreams: [{url: 'http://a', key_file: key}]}",
+        (
+            'a.yaml:2 pools.demo.upstreams[0].key_file: "key" is no file, '
+            "expected its path from the root on, such as /run/secrets/key"
+        ),
     ),
     **{
         f"a webhook to {url}": (

@@ -675,18 +675,6 @@ async def test_a_drain_by_command_outlives_a_reload_that_makes_the_upstream_anew
             await after.retire()
 
 
-async def test_a_credential_may_end_with_a_line() -> None:
-    """As a file that is mounted as a secret does."""
-    async with Backend(GOOD) as backend:
-        found = snapshot({"demo": pool({"url": backend.url, "key_env": "KEY"})})
-        pools = Pools(found.pools, {"KEY": "secret\n"})
-        try:
-            assert await Asked(Policies(found, pools)).status() == 200
-        finally:
-            await pools.retire()
-    assert dict(backend.requests[0].headers)[b"authorization"] == b"Bearer secret"
-
-
 async def test_streams_that_are_cut_take_an_upstream_out_though_each_begins_well() -> None:
     async with Backend(Peer.request, EVENTS, chunk(b"data: 1\n\n"), Peer.reset) as cutting, Backend(GOOD) as good:
         async with opened({"demo": pool(cutting, good)}) as asked:

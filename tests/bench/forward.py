@@ -29,7 +29,7 @@ class Forward:
     def __init__(self, port: int) -> None:
         own = UpstreamPolicy(url=f"http://127.0.0.1:{port}")
         pool = PoolPolicy(upstreams=(own,))
-        self.upstream = Upstream(pool, own, Wire(own.url), None)
+        self.upstream = Upstream(pool, own, Wire(own.url))
         self.upstream.join("bench", pool, own, lambda: False)
         self.model = Model("m", "m", None, "bench", "fireworks", "m", 1)
 

@@ -58,7 +58,8 @@ class House:
 
     def client(self, key: str | None = None, **given: Any) -> httpx.AsyncClient:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False, timeout=30, **given)
+        # It speaks plain HTTP: to read what a client would trust takes 36 ms each time.
+        return httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False, verify=False, timeout=30, **given)
 
     @asynccontextmanager
     async def caller(
