@@ -117,12 +117,14 @@ async def test_what_blocks_beside_gives_its_result_its_failure_and_its_place() -
     with pytest.raises(LookupError, match="of the test"):
         await beside(fail)
     let_go = threading.Event()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.3):
-            await beside(let_go.wait)
-    left = [thread for thread in threading.enumerate() if thread.daemon and thread.name.endswith("(run)")]
-    assert len(left) == 1
-    let_go.set()
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await beside(let_go.wait)
+        left = [thread for thread in threading.enumerate() if thread.daemon and thread.name.endswith("(run)")]
+        assert len(left) == 1
+    finally:
+        let_go.set()
     left[0].join(5)
     assert not left[0].is_alive()
 

@@ -157,7 +157,7 @@ def test_what_waits_in_spools_is_told(tmp_path: Path) -> None:
     def found(most: int) -> tuple[str, str]:
         return told(next(one for one in hostcheck.disk(tmp_path, most, 1) if one.check == "host.spool"))
 
-    assert found(2000) == ("ok", "800 B in 2 files wait for the store")
+    assert found(1500) == ("ok", "800 B in 2 files wait for the store")  # each worker has so much for itself
     assert found(1000)[0] == "warning"
     assert found(600)[0] == "error"
 
