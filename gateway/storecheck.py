@@ -261,9 +261,12 @@ async def _cluster(topology: Cluster) -> list[Finding]:
     """Whether the cluster says of itself that it is well, and how many may die."""
     primaries = topology.primaries
     said = await asyncio.gather(*(_ask(node, "CLUSTER", "INFO") for node in primaries))
-    found = []
+    found, states = [], set()
     for node, answer in zip(primaries, said, strict=True):
-        state = _told(answer).get("cluster_state", "not told") if isinstance(answer, bytes | str) else why(answer)
+        if not isinstance(answer, bytes | str):
+            continue  # that it is away was told already, and what it may not say is not known
+        state = _told(answer).get("cluster_state", "not told")
+        states.add(state)
         if state != "ok":
             do = "CLUSTER NODES says who is missing: without all slots it takes no writes"
             found.append(error("store.cluster", _name(node), f"cluster_state {state}", "cluster_state ok", do))
@@ -271,7 +274,7 @@ async def _cluster(topology: Cluster) -> list[Finding]:
     if len(primaries) < 3:
         do = "three primaries or more: with fewer no majority is left to promote a replica"
         found.append(warning("store.cluster", "cluster", told, "three or more", do))
-    return found or [ok("store.cluster", "cluster", f"{told}, cluster_state ok")]
+    return found or [ok("store.cluster", "cluster", f"{told}, cluster_state {''.join(states) or 'not told'}")]
 
 
 def _told(answer: bytes | str) -> dict[str, str]:

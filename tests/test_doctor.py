@@ -85,6 +85,14 @@ async def test_without_policies_and_without_a_store_the_rest_is_looked_at(tmp_pa
     assert {one.check for one in findings if one.check.startswith("host.")} == {c for c in CHECKS if "host." in c}
 
 
+async def test_a_store_of_our_own_that_cannot_be_started_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no folder")
+    findings = await examine(settings(tmp_path, "", DOCUMENTS | {"models": {}}, redis_url=None))
+    ((verdict, found),) = of(findings, "store")
+    assert (verdict, found.startswith("the embedded Valkey cannot be started")) == ("error", True)
+    assert of(findings, "host.disk") == [("error", "cannot be written: Not a directory")]
+
+
 async def test_what_hangs_is_told_and_keeps_nobody_waiting(tmp_path: Path, store_url: str) -> None:
     """A store that takes connections and says nothing, and an upstream of the same kind."""
     with socket.create_server(("127.0.0.1", 0)) as hole:
