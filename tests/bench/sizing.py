@@ -51,6 +51,9 @@ _OPEN_FOR = 6.0  # seconds: the streams of the load last eight
 _KEPT = (b":rate:", b":quota:", b":rolling:")  # counts, which do not grow with the requests
 
 
+Row = tuple[str, int, float]  # what, how many, bytes each
+
+
 class Counted(NamedTuple):
     """What a store has counted until now."""
 
@@ -116,21 +119,18 @@ def show_requests(served: Served, client: redis.Redis, rounds: int, seconds: flo
 # — bytes
 
 
-def show_bytes(served: Served, client: redis.Redis, streams: int, keys: int) -> None:
+def show_bytes(streams: list[Row], client: redis.Redis, keys: int) -> None:
     """Of requests in the store that serves; of keys and sums in one that has nothing else."""
-    rows = [*_of_streams(served, client, streams), _of_rows(client)]
+    rows = [*streams, _of_rows(client)]
     with house.server(_server_binary()) as other, other.sync() as empty:
         rows += asyncio.run(_of_keys(empty, keys, other.url))
         rows.append(_of_groups(empty))
     table(("what", "how many", "bytes each"), [(name, f"{count:,}", f"{size:,.0f}") for name, count, size in rows])
 
 
-Row = tuple[str, int, float]
-
-
-def _of_streams(served: Served, client: redis.Redis, streams: int) -> list[Row]:
-    """Open streams, in the store and in the worker; and what is kept of them for two minutes after they ended."""
-    client.delete(*underway(client))  # marks of the requests before: nobody sends those again
+def of_streams(served: Served, client: redis.Redis, streams: int) -> list[Row]:
+    """Open streams, in the store and in a worker that has served nothing yet: it keeps the memory that it once had. And
+    what is kept of them for two minutes after they ended."""
     idle = resident(family(served.process))
     command = [sys.executable, "-m", "tests.bench.load", str(served.port), served.keys["bench"], str(streams), "0"]
     cores = ",".join(map(str, OTHERS))
@@ -209,8 +209,9 @@ def main() -> None:
         version = client.info("server").get("valkey_version", "?")
         print(f"Valkey {version}, appendfsync everysec, one worker")
         client.config_set("auto-aof-rewrite-percentage", 0)  # the log's growth is measured
+        streams = of_streams(served, client, given.streams)
         show_requests(served, client, given.rounds, given.seconds)
-        show_bytes(served, client, given.streams, given.keys)
+        show_bytes(streams, client, given.keys)
 
 
 if __name__ == "__main__":
