@@ -51,14 +51,12 @@ def show(findings: list[Finding]) -> None:
 
 async def examine(settings: Settings, deadline: float = _DEADLINE) -> list[Finding]:
     """All findings, in the order of the checks. `deadline` is what one of them may take, in seconds."""
-    told, policies = await _policies(settings)
+    told, policies = await _policies(settings, deadline)
     workers = int(getattr(settings, "workers", 1))
     admin = str(getattr(settings, "admin_host", "127.0.0.1")), int(getattr(settings, "admin_port", 9090))
     in_flight = sum(own.max_in_flight for _, _, _, own in each(policies)) if policies else 0
     checks: list[Awaitable[list[Finding]]] = [
-        _within(
-            _EMBEDDED_DEADLINE + deadline, "store", "the store", _store_and_upstreams(settings, policies, deadline)
-        ),
+        _store_and_upstreams(settings, policies, deadline),
         _here(deadline, "host.files", lambda: [hostcheck.files(in_flight)]),
         _here(deadline, "host.memory", lambda: [hostcheck.memory(workers)]),
         _here(deadline, "host.disk", lambda: hostcheck.disk(settings.state, settings.spool_most, workers)),
@@ -110,13 +108,15 @@ async def beside(work: Callable[[], T]) -> T:
 # — policies
 
 
-async def _policies(settings: Settings) -> tuple[list[Finding], Policies | None]:
+async def _policies(settings: Settings, deadline: float) -> tuple[list[Finding], Policies | None]:
     """What is said of the policies, and them, where they can be taken."""
     of = f"{settings.policies}/"
     try:
-        policies = opened(await beside(lambda: load(settings.policies)))
+        async with asyncio.timeout(deadline):
+            policies = opened(await beside(lambda: load(settings.policies)))
     except (PolicyError, OSError) as failure:
-        mistakes = failure.mistakes if isinstance(failure, PolicyError) else (str(failure),)
+        late = f"not read within {deadline:g} s"
+        mistakes = failure.mistakes if isinstance(failure, PolicyError) else (str(failure) or late,)
         do = "mend it; a gateway that runs keeps the policies that it has, and a new one does not start"
         return [error("policies", of, mistake, "documents without mistakes", do) for mistake in mistakes], None
     snapshot = policies.snapshot
@@ -184,7 +184,9 @@ async def _address(settings: Settings) -> AsyncIterator[str]:
     try:
         yield embedded.url
     finally:
-        await beside(embedded.__exit__)
+        with suppress(TimeoutError):  # another command is starting it, which takes as long
+            async with asyncio.timeout(_EMBEDDED_DEADLINE):
+                await beside(embedded.__exit__)
 
 
 async def _contents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
@@ -104,6 +105,17 @@ async def test_what_hangs_is_told_and_keeps_nobody_waiting(tmp_path: Path, store
     assert of(findings, "store") == [("error", "no result within 0.5 s")]
     assert of(findings, "upstream.answer") == [("error", "no result within 0.5 s")]
     assert of(findings, "host.disk")[0][0] == "ok"
+
+
+async def test_a_folder_of_policies_that_hangs_is_told(tmp_path: Path, store_url: str) -> None:
+    """As one does on a network that is away: a pipe that nobody writes."""
+    asked = settings(tmp_path, store_url, DOCUMENTS)
+    (tmp_path / "policies" / "all.yaml").unlink()
+    os.mkfifo(tmp_path / "policies" / "all.yaml")
+    findings = await examine(asked, deadline=0.5)
+    assert of(findings, "policies") == [("error", "not read within 0.5 s")]
+    assert of(findings, "store") == [("ok", "answers")]
+    os.close(os.open(tmp_path / "policies" / "all.yaml", os.O_WRONLY))  # whoever reads it may go
 
 
 async def test_what_is_drained_by_command_may_be_broken(tmp_path: Path, store_url: str) -> None:
