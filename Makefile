@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench bench-limits bench-reports prove-streams prove-contract prove-ledger prove-limits prove-rollouts docs lock clean
+.PHONY: help run install test check format bench bench-limits bench-reports bench-sizing prove-streams prove-contract prove-ledger prove-limits prove-rollouts docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ prove-ledger: $(VENV)/.dev ## kill -9 of workers, Valkey and exporters under loa
 
 bench-reports: $(VENV)/.dev ## a year of 1,000 teams and 20 models, added up
 	$(BIN)/python -m tests.bench.reports $(ARGS)
+
+bench-sizing: $(VENV)/.dev ## what a request costs Valkey, and how many bytes a key, a stream and a row take there
+	$(BIN)/python -m tests.bench.sizing $(ARGS)
 
 prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 workers, the scenes of the README, the exact model
 	$(BIN)/python -m tests.proving.race --seeds 20

@@ -1,11 +1,12 @@
-"""The commands: serve, demo, echo, admin, check, keys, upstreams, limits, usage, export, exports. Tables for people,
---json for programs. Exit codes: see gateway/console.py.
+"""The commands: serve, demo, echo, admin, check, keys, upstreams, limits, usage, export, exports, doctor. Tables for
+people, --json for programs. Exit codes: see gateway/console.py.
 
 What a command needs is imported when it runs: `gateway serve` does not wait for tables, `gateway keys` not for uvicorn.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -35,6 +36,7 @@ from gateway.console import (
     read_policies,
     read_settings,
     run_or_exit,
+    silence,
     store_of,
     table,
     with_keys,
@@ -487,3 +489,26 @@ def limits(
 app.command("export")(export)
 app.add_typer(usage_app, name="usage")
 app.add_typer(exports_app, name="exports")
+
+
+# — the whole
+
+
+@app.command()
+def doctor(as_json: JsonOption = False, policies: PoliciesOption = None, state: StateOption = None) -> None:
+    """Check the store, policies, upstreams, exports, clocks, files, disk, ports and memory, and say what to do."""
+    import msgspec
+
+    from gateway.doctor import examine, show
+    from gateway.findings import worst
+
+    settings = read_settings(policies=policies, state=state)
+    silence()
+    findings = asyncio.run(examine(settings))
+    verdict = worst(findings)
+    if as_json:
+        typer.echo(msgspec.json.encode({"verdict": verdict, "findings": findings}))
+    else:
+        show(findings)
+    if verdict == "error":
+        raise typer.Exit(WRONG)

@@ -96,12 +96,17 @@ def embedded(state: Path) -> Iterator[Embedded]:
         fail(str(error), UNUSABLE)
 
 
-def with_store(settings: Settings, work: Callable[[Store], Coroutine[Any, Any, None]], *, quiet: bool = True) -> None:
-    """Do some work with the store; one that is away ends the command. `quiet`: nothing is logged meanwhile."""
+def silence() -> None:
+    """Log nothing: a command says itself what is wrong."""
     import structlog
 
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
+def with_store(settings: Settings, work: Callable[[Store], Coroutine[Any, Any, None]], *, quiet: bool = True) -> None:
+    """Do some work with the store; one that is away ends the command. `quiet`: nothing is logged meanwhile."""
     if quiet:  # what is wrong is told once, below
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+        silence()
 
     async def run(url: str) -> None:
         store = Store(url, deadline=PATIENCE)

@@ -24,7 +24,7 @@ from gateway.topology import Failures
 
 _RECORDS = "{gateway}:keys"
 _CHANGES = "{gateway}:key-changes"
-_PEPPER = "{gateway}:pepper"
+PEPPER = "{gateway}:pepper"  # by which gateways know whether their secrets are the same
 # Changes that a worker may miss while it is cut off; it reads everything anew when it comes back.
 _CHANGES_KEPT = 10_000
 _NEWS_MS = 1_000  # and so the most that a stop may take whose cancellation is lost, see store.leaving
@@ -187,8 +187,8 @@ class KeyRing:
         """Two gateways with different peppers would refuse each other's keys: say so at the start."""
         mine = hash_key(self._pepper, b"gateway pepper")[:16]
         client = self._store.client
-        await self._store.call(lambda: client.set(_PEPPER, mine, nx=True))
-        found = await self._store.call(lambda: client.get(_PEPPER))
+        await self._store.call(lambda: client.set(PEPPER, mine, nx=True))
+        found = await self._store.call(lambda: client.get(PEPPER))
         if found.decode() != mine:
             raise StoreError(
                 "the keys in this store were made under another pepper: set GATEWAY_KEY_PEPPER to the one of the "

@@ -19,7 +19,7 @@ def opened(directory: Path) -> Live:
     """The policies of a directory in force. Raises PolicyError for a mistake in them, or in a file that they name."""
     reading = read(directory)
     reloads = Reloads.begun(reading)
-    live = Live(_open(reading), reloads)
+    live = Live(policies_of(reading), reloads)
     live.policies.pools.watch()
     return live
 
@@ -31,7 +31,7 @@ async def reload(live: Live, directory: Path) -> bool:
         reading = await asyncio.to_thread(read, directory, live.reloads.reading)
         before = live.policies
         try:
-            policies = _open(reading, before.pools)
+            policies = policies_of(reading, before.pools)
         except PolicyError as found:
             live.reloads.refuse(reading, found.mistakes)
             _log.error("policies_refused", mistakes=found.mistakes, revision=live.reloads.revision)
@@ -58,7 +58,7 @@ async def watch(live: Live, directory: Path, every: float = _LOOK_EVERY) -> None
         before = now
 
 
-def _open(reading: Reading, before: Pools | None = None) -> Policies:
+def policies_of(reading: Reading, before: Pools | None = None) -> Policies:
     """What was read with its pools. Raises PolicyError; nothing has changed then."""
     snapshot = reading.found()
     for name, pool in snapshot.pools.items():

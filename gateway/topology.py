@@ -384,6 +384,16 @@ class Sentinels(Topology):
             for host in hosts(parts.netloc, STORES[parts.scheme])
         ]
 
+    @property
+    def service(self) -> str:
+        """What its Sentinels call it."""
+        return self._service
+
+    @property
+    def sentinels(self) -> list[Node]:
+        """Its Sentinels, each as it is asked."""
+        return [asked[0] for asked in self._asked]
+
     def look(self) -> None:
         # A primary that is well when another one is promoted hears of it seconds later, and takes writes until then.
         self.find_soon()

@@ -208,19 +208,23 @@ class Upstream:
         self._probes = None
 
     async def _probe(self, path: str, patience: float) -> bool:
+        try:
+            return 200 <= await self.status(path, patience) < 300
+        except UpstreamFailed:
+            return False
+
+    async def status(self, path: str, patience: float) -> int:
+        """What it answers to a GET with the gateway's own credential. Raises UpstreamFailed."""
         timeouts = Timeouts.model_construct(connect=patience, first_byte=patience, idle=patience, total=patience)
         url = self._base.copy_with(path=path)
         extensions = {"body": b"", "timeouts": timeouts}
         request = httpx.Request("GET", url, headers=self._head, stream=_BODY, extensions=extensions)
-        try:
-            response = await self.transport.handle_async_request(request)
-            with suppress(UpstreamFailed):  # a page that is cut was sent by somebody
-                async for _ in cast(Stream, response.stream):
-                    pass
-            await cast(Stream, response.stream).aclose()
-        except UpstreamFailed:
-            return False
-        return 200 <= response.status_code < 300
+        response = await self.transport.handle_async_request(request)
+        with suppress(UpstreamFailed):  # a page that is cut was sent by somebody
+            async for _ in cast(Stream, response.stream):
+                pass
+        await cast(Stream, response.stream).aclose()
+        return response.status_code
 
     def _tell(self, turn: Turn | None, reason: str) -> None:
         if turn is not None:

@@ -140,7 +140,8 @@ def test_the_command_line_itself_is_checked(place: Place) -> None:
 def test_help_names_every_command(place: Place) -> None:
     told = place.run("--help").stdout
     assert all(
-        f"  {command} " in told for command in ("serve", "demo", "echo", "admin", "check", "keys", "usage", "export")
+        f"  {command} " in told
+        for command in ("serve", "demo", "echo", "admin", "check", "keys", "usage", "export", "doctor")
     )
 
 
