@@ -10,7 +10,7 @@ floor 3, resources: topology, store, embedded, keys, drains, alerts, spool, ends
                     rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention, housekeeping, wire,
                     bridge, upstream, pools
 floor 4, exchange:  exchange, proxy
-floor 5, process:   telemetry, reload, echoes, echo, openapi, reference, app, server, console, queries, charts,
+floor 5, process:   lines, telemetry, reload, echoes, echo, openapi, reference, app, server, console, queries, charts,
                     reports, exporting, admin, cli
 """
 
