@@ -21,6 +21,7 @@ from gateway.context import UNSAID, room
 from gateway.errors import BadRequest, Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
+from gateway.metrics import Counters
 from gateway.normalize import InferenceRequest, fitted, instead
 from gateway.snapshot import Snapshot
 from gateway.upstream import Answer, Upstream, cause_of
@@ -37,14 +38,14 @@ _OVERDUE = ("upstream_first_byte_timeout", "upstream_total_timeout")  # no time 
 class Pool:
     """The upstreams that can stand in for one another, under one policy."""
 
-    def __init__(self, name: str, policy: PoolPolicy, upstreams: Sequence[Upstream]) -> None:
+    def __init__(self, name: str, policy: PoolPolicy, upstreams: Sequence[Upstream], attempts: Counters) -> None:
         self.name = name
         self.policy = policy
         self.upstreams = tuple(upstreams)
         self.budget = Budget(policy.retries)
         self._rotation: Rotation[Upstream] = Rotation()
         for upstream, own in zip(upstreams, policy.upstreams, strict=True):
-            upstream.join(name, policy, own, self._can_spare_one)
+            upstream.join(name, policy, own, self._can_spare_one, attempts)
 
     def __repr__(self) -> str:
         return f"<Pool {self.name}: {self.upstreams}>"
@@ -217,6 +218,7 @@ class Pools:
     ) -> None:
         """Raises OSError for a certificate that cannot be read; nothing has changed then."""
         held = {} if before is None else before._upstreams
+        self.attempts: Counters = _attempts() if before is None else before.attempts
         self._upstreams: dict[_Identity, Upstream] = {}
         for name, policy in policies.items():
             for own in policy.upstreams:
@@ -225,7 +227,7 @@ class Pools:
         self._drained: frozenset[str] = frozenset() if before is None else before._drained
         upstreams = iter(self._upstreams.values())
         self._pools = {
-            name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))))
+            name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))), self.attempts)
             for name, policy in policies.items()
         }
         self.drain(self._drained)
@@ -235,6 +237,9 @@ class Pools:
 
     def __getitem__(self, name: str) -> Pool:
         return self._pools[name]
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(self._pools.values())
 
     def watch(self) -> None:
         """Begin to probe, where policies say so."""
@@ -253,6 +258,11 @@ class Pools:
         kept = set() if after is None else set(after._upstreams.values())
         for upstream in set(self._upstreams.values()) - kept:
             await upstream.retire()
+
+
+def _attempts() -> Counters:
+    meaning = "how requests to upstreams went: answered, failed, unreachable; cut: answered, and failed after that"
+    return Counters("gateway_upstream_attempts_total", meaning, "pool", "upstream", "result")
 
 
 _Identity = tuple[str, str, str | None, str, TlsPolicy | None]
@@ -284,3 +294,7 @@ class Live:
 
     def __init__(self, policies: Policies) -> None:
         self.policies = policies
+        self.reloads = Counters(
+            "gateway_policies_reloads_total", "policies that were read anew: taken, refused", "result"
+        )
+        self.refused = False  # whether those that were read last were

@@ -22,7 +22,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "httptools": ("wire", "server"),
     "httpx": ("alerts", "sinks", "wire", "bridge", "upstream"),
     "pydantic": ("language", "policy"),
-    "prometheus_client": ("admin",),
+    "prometheus_client": ("metrics", "admin"),
     "psycopg": ("postgres",),
     # The last four: for the name of one exception.
     "redis": ("topology", "store", "embedded", "settlements", "admission", "exports", "housekeeping"),
@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
             "sinks",
             "exports",
         ),
-        *("retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
+        *("metrics", "figures", "retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
     ),
     "typer": ("console", "reports", "exporting", "cli"),
     "uvicorn": ("server", "admin", "cli"),

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import pytest
 import structlog
 
-from gateway import telemetry
+from gateway import metrics, telemetry
 from gateway.asgi import Cut
 from gateway.identity import make_key, new_key
 from gateway.lines import Lines
@@ -315,18 +315,22 @@ async def test_g16_a_pipe_that_nobody_reads_holds_up_no_request_and_drops_are_to
             body = {"model": MODEL, "prompt": "a b", "max_tokens": 2}
             answers = [(await client.post("/v1/completions", json=body)).status_code for _ in range(80)]
         dropped = telemetry.dropped()
+        house.gateway.figures._look()
+        house.gateway.figures._flush()
+        told = {family.name: family.samples for family in metrics._gather(house.settings.state / "metrics")}
+        assert [sample.value for sample in told["gateway_log_lines_dropped"]] == [dropped]
         found = await asyncio.to_thread(read_all, out)
-    told = [line for line in found if line["event"] == "http_access"]
+    access = [line for line in found if line["event"] == "http_access"]
     (notice,) = [line for line in found if line["event"] == "log_lines_dropped"]
     assert answers == [200] * 80
     assert dropped > 20
-    assert (len(told), notice["lines"], notice["level"]) == (80 - dropped, dropped, "warning")
+    assert (len(access), notice["lines"], notice["level"]) == (80 - dropped, dropped, "warning")
     assert set(notice) == {"event", "level", "timestamp", "lines"}
 
 
 LOGS = """
 import structlog
-from gateway import telemetry
+from gateway import metrics, telemetry
 telemetry.set_up("json")
 for number in range(1000):
     structlog.get_logger("gateway").info("event", number=number)

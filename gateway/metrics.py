@@ -1,0 +1,417 @@
+"""Numbers that a process counts, and that all processes of a state folder together tell Prometheus.
+
+To count is an addition to a plain number of this process. Once a second what has changed is written to files, in the
+format of prometheus_client's multiprocess mode, which adds them up when somebody asks: so who serves has no work with a
+scrape, and who is killed has lost a second of counting at most. The files are written and not mapped, as the library
+would do it: to touch a mapped page on a full disk ends the process (SIGBUS).
+
+The files are in sets, `<type>_<number>.db`. A process holds the lock of its set (flock of `<number>.lock`) while it
+lives; who starts takes the first set that nobody holds and counts on in it. So a counter never falls, whoever dies, and
+there are no more sets than there were processes at one time. Gauges count while their process lives.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import structlog
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+OTHER = "other"  # what a label says where it would be one value too many
+_MOST = 10_000  # children of a family: policies that change for ever must not fill the memory
+_HOLDS = 0.5  # seconds that what was gathered is told again
+
+Labels = tuple[str, ...]
+Mode = Literal["livesum", "livemin", "livemax"]  # how the gauges of several processes are one
+
+_log = structlog.get_logger("gateway.metrics")
+
+
+# — what is counted
+
+
+class Counter:
+    """A number that only grows."""
+
+    __slots__ = ("changed", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.changed = True
+
+    def add(self, amount: float = 1.0) -> None:
+        self.value += amount
+        self.changed = True
+
+    def raise_to(self, value: float) -> None:
+        """Follow a count that somebody else keeps."""
+        if value != self.value:
+            self.value, self.changed = value, True
+
+
+class Histogram:
+    """How often values were how large: `bounds` are the inclusive upper ends of all buckets but the last."""
+
+    __slots__ = ("bounds", "changed", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+        self.changed = True
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+        self.changed = True
+
+
+T = TypeVar("T", Counter, Histogram)
+
+
+class Family(dict[Labels, T], Generic[T]):
+    """Numbers of one name by the values of their labels: `family[("a", "b")]` is there when it is asked for."""
+
+    kind: str
+
+    def __init__(self, name: str, meaning: str, *labels: str) -> None:
+        super().__init__()
+        self.name = name
+        self.meaning = meaning
+        self.labels = labels
+
+    def __missing__(self, values: Labels) -> T:
+        if len(self) >= _MOST:
+            values = (OTHER,) * len(self.labels)
+        return self.setdefault(values, self._new())
+
+    def _new(self) -> T:
+        raise NotImplementedError
+
+    def samples(self, child: T) -> Iterator[tuple[str, Mapping[str, str], float]]:
+        """The samples of a number: name, labels of its own, value. As many and in the same order every time."""
+        raise NotImplementedError
+
+    def keys_of(self, values: Labels, child: T) -> list[str]:
+        """What its samples are called in a file."""
+        labels = dict(zip(self.labels, values, strict=True))
+        named = self.name.removesuffix("_total")
+        return [
+            json.dumps([named, name, {**labels, **own}, self.meaning], sort_keys=True)
+            for name, own, _ in self.samples(child)
+        ]
+
+
+class Counters(Family[Counter]):
+    kind = "counter"
+
+    def _new(self) -> Counter:
+        return Counter()
+
+    def samples(self, child: Counter) -> Iterator[tuple[str, Mapping[str, str], float]]:
+        yield self.name, {}, child.value
+
+
+class Histograms(Family[Histogram]):
+    kind = "histogram"
+
+    def __init__(self, name: str, meaning: str, bounds: Sequence[float], *labels: str) -> None:
+        super().__init__(name, meaning, *labels)
+        self.bounds = tuple(bounds)
+
+    def _new(self) -> Histogram:
+        return Histogram(self.bounds)
+
+    def samples(self, child: Histogram) -> Iterator[tuple[str, Mapping[str, str], float]]:
+        yield f"{self.name}_sum", {}, child.sum
+        for bound, number in zip((*map(float, self.bounds), "+Inf"), list(child.counts), strict=True):
+            yield f"{self.name}_bucket", {"le": str(bound)}, number  # each for itself, the library adds them up
+
+
+class Gauges(dict[Labels, float]):
+    """Numbers as they are now. They are set all together: who is not named any more is not told any more."""
+
+    def __init__(self, name: str, meaning: str, mode: Mode, *labels: str) -> None:
+        super().__init__()
+        self.name = name
+        self.meaning = meaning
+        self.mode: Mode = mode
+        self.labels = labels
+
+    def set(self, values: Mapping[Labels, float]) -> None:
+        self.clear()
+        self.update(values)
+
+
+# — what one process counts
+
+
+class Metrics:
+    """The families of this process, and the files in which they are told."""
+
+    def __init__(self, folder: Path, *families: Counters | Histograms | Gauges) -> None:
+        self._folder = folder
+        self._families: list[Family[Any]] = [family for family in families if isinstance(family, Family)]
+        self._gauges = [family for family in families if isinstance(family, Gauges)]
+        self._one_at_a_time = threading.Lock()
+        self._set: _Set | None = None
+
+    def __repr__(self) -> str:
+        return f"<Metrics {self._set.number if self._set else 'none'} of {self._folder}>"
+
+    def flush(self) -> None:
+        """Write what has changed; may be called in a thread. Raises OSError; what was not written is the next time."""
+        with self._one_at_a_time:
+            if self._set is None:
+                self._set = _Set(self._folder)
+            for family in self._families:
+                self._set.note(family)
+            self._set.write()
+            for mode in sorted({gauges.mode for gauges in self._gauges}):
+                self._set.replace(mode, [gauges for gauges in self._gauges if gauges.mode == mode])
+
+    def close(self) -> None:
+        """Leave the files to whoever starts next; what was not flushed is lost."""
+        with self._one_at_a_time:
+            if self._set is not None:
+                self._set.close()
+                self._set = None
+
+
+class _Set:
+    """The files of one process. Raises OSError where the folder cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self.number, self._lock = _claim(folder)
+        self._files: dict[str, _Values] = {}
+        self._places: dict[tuple[str, Labels], list[int]] = {}
+        self._told: dict[Mode, bytes] = {}
+        try:
+            for old in folder.glob(f"gauge_*_{self.number}.db"):
+                old.unlink()
+            for kind in ("counter", "histogram"):
+                self._files[kind] = _Values(folder / f"{kind}_{self.number}.db")
+        except OSError:
+            self.close()
+            raise
+
+    def note(self, family: Family[Any]) -> None:
+        """Take what has changed of a family."""
+        file = self._files[family.kind]
+        for values, child in list(family.items()):
+            if not child.changed:
+                continue
+            child.changed = False  # first: what is counted meanwhile is written once more
+            places = self._places.get((family.name, values))
+            if places is None:
+                places = [file.place(key) for key in family.keys_of(values, child)]
+                self._places[family.name, values] = places
+            for place, (_, _, value) in zip(places, family.samples(child), strict=True):
+                file.put(place, value)
+
+    def write(self) -> None:
+        for file in self._files.values():
+            file.write()
+
+    def replace(self, mode: Mode, all_gauges: Iterable[Gauges]) -> None:
+        """Gauges come and go with what they are of: their file is written anew."""
+        told = bytearray(_HEADER)
+        for gauges in all_gauges:
+            for values, value in list(gauges.items()):
+                labels = dict(zip(gauges.labels, values, strict=True))
+                told += _entry(json.dumps([gauges.name, gauges.name, labels, gauges.meaning], sort_keys=True), value)
+        _USED.pack_into(told, 0, len(told))
+        if bytes(told) != self._told.get(mode):
+            file = self._folder / f"gauge_{mode}_{self.number}.db"
+            draft = file.with_suffix(".new")
+            draft.write_bytes(told)
+            draft.replace(file)
+            self._told[mode] = bytes(told)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        os.close(self._lock)
+
+
+# — files
+
+
+_USED, _LENGTH, _VALUE = (
+    struct.Struct("i"),
+    struct.Struct("i"),
+    struct.Struct("dd"),
+)  # the second number is a time, which ours do not have
+_HEADER = 8  # bytes: how many are used, and four of nothing
+
+
+def _entry(key: str, value: float) -> bytes:
+    text = key.encode()
+    padded = text + b" " * (8 - (len(text) + _LENGTH.size) % 8)
+    return _LENGTH.pack(len(text)) + padded + _VALUE.pack(value, 0.0)
+
+
+class _Values:
+    """A file of numbers by name, of which each has a place. What stood in it before is added to what is put there."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._image = bytearray(path.read_bytes())
+            self._places = dict(_read(self._image))
+        except FileNotFoundError:
+            self._begin(path)
+        except (struct.error, ValueError) as damage:  # the machine has failed, and the disk had not everything yet
+            _log.warning("metrics_damaged", file=str(path), reason=type(damage).__name__)
+            self._begin(path)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        del self._image[_USED.unpack_from(self._image)[0] :]
+        self._before = {place: _VALUE.unpack_from(self._image, place)[0] for place in self._places.values()}
+        self._first, self._last = 0, len(self._image)  # what is to be written; new names begin at _first or behind it
+
+    def _begin(self, path: Path) -> None:
+        """A file without a number; who reads meanwhile finds that, or what was there before."""
+        self._image, self._places = bytearray(_HEADER), {}
+        _USED.pack_into(self._image, 0, _HEADER)
+        draft = path.with_suffix(".new")
+        draft.write_bytes(self._image)
+        draft.replace(path)
+
+    def place(self, key: str) -> int:
+        """Where the number of this name stands."""
+        place = self._places.get(key)
+        if place is None:
+            self._image += _entry(key, 0.0)
+            _USED.pack_into(self._image, 0, len(self._image))
+            place = self._places[key] = len(self._image) - _VALUE.size
+        return place
+
+    def put(self, place: int, value: float) -> None:
+        _VALUE.pack_into(self._image, place, self._before.get(place, 0.0) + value, 0.0)
+        self._first = min(self._first, place)
+        self._last = max(self._last, place + _VALUE.size)
+
+    def write(self) -> None:
+        """Write what was put since the last time: the numbers, and then how far they go."""
+        if self._last:
+            rest = memoryview(bytes(self._image[self._first : self._last]))  # of the image itself it could not grow
+            while rest:
+                rest = rest[os.pwrite(self._fd, rest, self._last - len(rest)) :]
+            os.pwrite(self._fd, self._image[:_HEADER], 0)
+            self._first, self._last = len(self._image), 0
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _read(image: bytearray) -> Iterator[tuple[str, int]]:
+    """The names in a file with their places. Raises struct.error or ValueError where it is none."""
+    used = _USED.unpack_from(image)[0]
+    at = _HEADER
+    while at < used:
+        length = _LENGTH.unpack_from(image, at)[0]
+        key = image[at + _LENGTH.size : at + _LENGTH.size + length].decode()
+        json.loads(key)
+        at += _LENGTH.size + length + 8 - (length + _LENGTH.size) % 8
+        _VALUE.unpack_from(image, at)
+        yield key, at
+        at += _VALUE.size
+
+
+@contextmanager
+def _held(folder: Path, how: int) -> Iterator[None]:
+    """While nobody takes a set, or (LOCK_EX) looks who has one."""
+    fd = os.open(folder / "sets.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, how)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _claim(folder: Path) -> tuple[int, int]:
+    """The first set that nobody holds, and its lock."""
+    with _held(folder, fcntl.LOCK_EX):
+        for number in count():
+            fd = os.open(folder / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+            else:
+                return number, fd
+    raise AssertionError("numbers do not end")
+
+
+# — what all processes of a folder count
+
+
+def gathered(folder: Path) -> list[Metric]:
+    """The families of all processes that have counted in this folder, added up. May be called in threads: of many who
+    ask at one time one reads, and what was read holds for half a second."""
+    with _reading:
+        at, families = _gathered.get(folder, (-_HOLDS, []))
+        if time.monotonic() - at >= _HOLDS:
+            families = _gather(folder)
+            _gathered[folder] = time.monotonic(), families
+        return families
+
+
+_reading = threading.Lock()
+_gathered: dict[Path, tuple[float, list[Metric]]] = {}
+
+
+def _gather(folder: Path) -> list[Metric]:
+    from prometheus_client.multiprocess import MultiProcessCollector  # who only counts does without it
+
+    if not folder.is_dir():
+        return []
+    living = _living(folder)
+    files = [str(file) for file in sorted(folder.glob("*.db")) if file.name[:5] != "gauge" or _set(file) in living]
+    merge: Callable[[Iterable[str]], Iterable[Metric]] = MultiProcessCollector.merge
+    try:
+        return list(merge(files))
+    except (struct.error, RuntimeError, ValueError):
+        return list(merge(_sound(files)))
+
+
+def _living(folder: Path) -> set[str]:
+    """The sets that a process holds."""
+    found = set()
+    with _held(folder, fcntl.LOCK_SH):
+        for lock in folder.glob("[0-9]*.lock"):
+            fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.add(lock.stem)
+            finally:
+                os.close(fd)
+    return found
+
+
+def _set(file: Path) -> str:
+    return file.stem.rpartition("_")[2]
+
+
+def _sound(files: Iterable[str]) -> Iterator[str]:
+    """Those that can be read; a damaged one is taken over by who starts next, and begins anew."""
+    for file in files:
+        with suppress(struct.error, ValueError):
+            image = bytearray(Path(file).read_bytes())
+            list(_read(image))
+            yield file
