@@ -10,7 +10,7 @@ floor 3, resources: metrics, topology, store, embedded, keys, drains, alerts, sp
                     explain, rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention, housekeeping,
                     wire, bridge, upstream, pools
 floor 4, exchange:  exchange, proxy
-floor 5, process:   lines, telemetry, figures, reload, echoes, echo, openapi, reference, app, server, console, queries,
+floor 5, process:   lines, telemetry, meters, reload, echoes, echo, openapi, reference, app, server, console, queries,
                     charts, reports, exporting, admin, cli
 """
 

@@ -37,11 +37,11 @@ from gateway.errors import (
 )
 from gateway.exchange import Exchange
 from gateway.explain import Looks, limits_of
-from gateway.figures import Figures
 from gateway.hops import pseudonym
 from gateway.housekeeping import Housekeeping
 from gateway.identity import Principal
 from gateway.keys import KeyRing
+from gateway.meters import Meters
 from gateway.metrics import OTHER
 from gateway.openapi import openapi
 from gateway.policy import load
@@ -70,7 +70,7 @@ class Gateway:
     """The data plane as an ASGI application."""
 
     def __init__(
-        self, live: Live, store: Store, keys: KeyRing, admission: Admission, figures: Figures, name: bytes
+        self, live: Live, store: Store, keys: KeyRing, admission: Admission, meters: Meters, name: bytes
     ) -> None:
         self.live = live
         self.store = store
@@ -78,11 +78,11 @@ class Gateway:
         self.admission = admission
         self.draining = False
         self._looks = Looks(store)
-        self.figures = figures
+        self.meters = meters
         told = observer()
 
         def observe(x: Exchange, scope: Scope) -> None:
-            figures.exchange(x, scope["method"])
+            meters.exchange(x, scope["method"])
             told(x, scope)
 
         self._proxy = Proxy(live, keys, admission, observe, name)
@@ -102,11 +102,11 @@ class Gateway:
         self._rest.router.redirect_slashes = False  # an exact table: no path is mended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.figures.active += 1
+        self.meters.active += 1
         try:
             await self._answer(scope, receive, send)
         finally:
-            self.figures.active -= 1
+            self.meters.active -= 1
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw_path, method = scope.get("raw_path", b""), scope["method"]
@@ -130,13 +130,13 @@ class Gateway:
     async def _refuse(self, scope: Scope, send: Send, error: GatewayError, endpoint: Endpoint | None = None) -> None:
         """Refuse what never became an exchange; its body is not read."""
         shape = shape_of(scope, "openai" if endpoint is None else endpoint.dialect)
-        self.figures.refused(error)
+        self.meters.refused(error)
         counted = self._counted(scope, send, OTHER if endpoint is None else endpoint.path)
         await refuse(counted, error, shape=shape, close=scope["method"] != "GET")
 
     def refused(self, error: GatewayError) -> None:
         """The server has refused what it does not understand, or what came too slowly."""
-        self.figures.unread(error)
+        self.meters.unread(error)
 
     def _counted(self, scope: Scope, send: Send, route: str) -> Send:
         """Where an answer goes that is none of an exchange, counted when it begins: it is short."""
@@ -144,7 +144,7 @@ class Gateway:
 
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.figures.answered(scope["method"], route, message["status"], time.monotonic() - began)
+                self.meters.answered(scope["method"], route, message["status"], time.monotonic() - began)
             await send(message)
 
         return count
@@ -302,14 +302,14 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     spool = Spool(settings.spools, most=settings.spool_most)
     await spool.probe()
     admission = Admission(store, spool, reached)
-    figures = Figures(settings.state / "metrics", live, store, admission.settlements)
-    gateway = Gateway(live, store, keys, admission, figures, pseudonym(secret))
+    meters = Meters(settings.state, live, store, admission.settlements)
+    gateway = Gateway(live, store, keys, admission, meters, pseudonym(secret))
     chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
     endless = (keys.follow(), admission.keep_up(), admission.settlements.keep_up(), chores.run(), followed)
-    tasks = [asyncio.ensure_future(work) for work in (*endless, figures.watch(), figures.keep_up())]
+    tasks = [asyncio.ensure_future(work) for work in (*endless, meters.watch(), meters.keep_up())]
     for task in tasks:
         task.add_done_callback(_over)
     try:
@@ -323,7 +323,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
-        figures.close()
+        meters.close()
 
 
 def _over(task: asyncio.Future[None]) -> None:

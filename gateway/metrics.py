@@ -30,6 +30,7 @@ import structlog
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
+FOLDER = "metrics"  # in a state folder
 OTHER = "other"  # what a label says where it would be one value too many
 _MOST = 10_000  # children of a family: policies that change for ever must not fill the memory
 _HOLDS = 0.5  # seconds that what was gathered is told again
@@ -360,19 +361,32 @@ def _claim(folder: Path) -> tuple[int, int]:
 # — what all processes of a folder count
 
 
-def gathered(folder: Path) -> list[Metric]:
-    """The families of all processes that have counted in this folder, added up. May be called in threads: of many who
-    ask at one time one reads, and what was read holds for half a second."""
+def gathered(state: Path) -> bytes:
+    """What all processes of a state folder have counted, added up, in Prometheus's text format. May be called in
+    threads: of many who ask at one time one reads, and what was read holds for half a second."""
     with _reading:
-        at, families = _gathered.get(folder, (-_HOLDS, []))
+        at, text = _gathered.get(state, (-_HOLDS, b""))
         if time.monotonic() - at >= _HOLDS:
-            families = _gather(folder)
-            _gathered[folder] = time.monotonic(), families
-        return families
+            text = _text(_gather(state / FOLDER))
+            _gathered[state] = time.monotonic(), text
+        return text
 
 
 _reading = threading.Lock()
-_gathered: dict[Path, tuple[float, list[Metric]]] = {}
+_gathered: dict[Path, tuple[float, bytes]] = {}
+
+
+def _text(families: list[Metric]) -> bytes:
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.registry import Collector
+
+    class Known(Collector):
+        def collect(self) -> list[Metric]:
+            return families
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Known())
+    return generate_latest(registry)
 
 
 def _gather(folder: Path) -> list[Metric]:
@@ -381,7 +395,7 @@ def _gather(folder: Path) -> list[Metric]:
     if not folder.is_dir():
         return []
     living = _living(folder)
-    files = [str(file) for file in sorted(folder.glob("*.db")) if file.name[:5] != "gauge" or _set(file) in living]
+    files = [str(file) for file in sorted(folder.glob("*.db")) if file.name[:5] != "gauge" or _number(file) in living]
     merge: Callable[[Iterable[str]], Iterable[Metric]] = MultiProcessCollector.merge
     try:
         return list(merge(files))
@@ -404,7 +418,7 @@ def _living(folder: Path) -> set[str]:
     return found
 
 
-def _set(file: Path) -> str:
+def _number(file: Path) -> str:
     return file.stem.rpartition("_")[2]
 
 

@@ -289,12 +289,18 @@ class Policies:
         return Opening(self, request, team, headers, way)
 
 
+@dataclass
+class Reloads:
+    """What became of policies that were read anew; `mistakes` are those of the last ones."""
+
+    taken: int = 0
+    refused: int = 0
+    mistakes: tuple[str, ...] = ()
+
+
 class Live:
     """The policies in force, swapped whole."""
 
     def __init__(self, policies: Policies) -> None:
         self.policies = policies
-        self.reloads = Counters(
-            "gateway_policies_reloads_total", "policies that were read anew: taken, refused", "result"
-        )
-        self.refused = False  # whether those that were read last were
+        self.reloads = Reloads()

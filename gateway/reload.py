@@ -53,11 +53,11 @@ async def _reload(live: Live, directory: Path) -> bool:
     except (PolicyError, OSError) as found:
         mistakes = found.mistakes if isinstance(found, PolicyError) else (str(found),)
         _log.error("policies_refused", mistakes=mistakes, revision=before.snapshot.revision)
-        live.refused = True
-        live.reloads[("refused",)].add()
+        live.reloads.refused += 1
+        live.reloads.mistakes = tuple(mistakes)
         return False
-    live.policies, live.refused = policies, False
-    live.reloads[("taken",)].add()
+    live.policies, live.reloads.mistakes = policies, ()
+    live.reloads.taken += 1
     policies.pools.watch()
     _log.info("policies_taken", revision=live.policies.snapshot.revision)
     await before.pools.retire(live.policies.pools)

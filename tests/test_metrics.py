@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from gateway import metrics
 from gateway.metrics import Counters, Gauges, Histograms, Metrics
@@ -23,23 +22,11 @@ from gateway.metrics import Counters, Gauges, Histograms, Metrics
 Samples: TypeAlias = dict[tuple[str, ...], float]
 
 
-class Known(Collector):
-    """What was gathered, for Prometheus's own rendering."""
-
-    def __init__(self, families: list[Metric]) -> None:
-        self.families = families
-
-    def collect(self) -> list[Metric]:
-        return self.families
-
-
 def told(folder: Path) -> Samples:
     """What is told now, after a way through Prometheus's text: each name with the values of its labels."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Known(metrics._gather(folder)))
     return {
         (sample.name, *(sample.labels[label] for label in sorted(sample.labels))): sample.value
-        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for family in text_string_to_metric_families(metrics._text(metrics._gather(folder)).decode())
         for sample in family.samples
     }
 
@@ -291,25 +278,30 @@ def test_one_label_too_many_is_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_told_where_nobody_has_counted(tmp_path: Path) -> None:
-    assert metrics.gathered(tmp_path / "none") == []
+    assert metrics.gathered(tmp_path / "none") == b""
     assert not (tmp_path / "none").exists()
 
 
-def test_of_a_hundred_who_ask_at_once_one_reads(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_g17_of_a_hundred_who_ask_at_once_one_reads(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process.count(number=7)
-    folder, gather, reads = process.metrics._folder, metrics._gather, []
+    state, gather, reads = tmp_path, metrics._gather, []
 
-    def read(of: Path) -> list[Metric]:
-        reads.append(of)
-        return gather(of)
+    def read(folder: Path) -> list[Metric]:
+        reads.append(folder)
+        return gather(folder)
 
     monkeypatch.setattr(metrics, "_gather", read)
     monkeypatch.setattr(metrics, "_HOLDS", 60)
     with ThreadPoolExecutor(100) as threads:
-        found = list(threads.map(lambda _: metrics.gathered(folder), range(100)))
-    assert reads == [folder]
-    assert [family.samples[0].value for families in found for family in families] == [7] * 100
+        found = list(threads.map(metrics.gathered, [state] * 100))
+    assert reads == [state / "metrics"]
+    assert len(found) == 100
+    assert set(found) == {
+        b'# HELP asked_total what was asked\n# TYPE asked_total counter\nasked_total{who="ann"} 7.0\n'
+    }
     process.count()
-    assert metrics.gathered(folder)[0].samples[0].value == 7
+    assert metrics.gathered(state) == found[0]
     monkeypatch.setattr(metrics, "_HOLDS", 0)
-    assert metrics.gathered(folder)[0].samples[0].value == 8
+    assert b" 8.0\n" in metrics.gathered(state)

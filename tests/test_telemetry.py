@@ -315,8 +315,8 @@ async def test_g16_a_pipe_that_nobody_reads_holds_up_no_request_and_drops_are_to
             body = {"model": MODEL, "prompt": "a b", "max_tokens": 2}
             answers = [(await client.post("/v1/completions", json=body)).status_code for _ in range(80)]
         dropped = telemetry.dropped()
-        house.gateway.figures._look()
-        house.gateway.figures._flush()
+        house.gateway.meters._look()
+        house.gateway.meters._flush()
         told = {family.name: family.samples for family in metrics._gather(house.settings.state / "metrics")}
         assert [sample.value for sample in told["gateway_log_lines_dropped"]] == [dropped]
         found = await asyncio.to_thread(read_all, out)

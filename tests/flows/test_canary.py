@@ -23,8 +23,6 @@ import httpx
 import pytest
 import redis
 import structlog
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.registry import Collector
 
 from gateway import admin, metrics, proxy, telemetry
 from gateway.identity import make_key
@@ -202,20 +200,10 @@ async def plant_all(house: House, key: str, plants: Plants) -> int:
 # — what is searched
 
 
-class Known(Collector):
-    def __init__(self, families: Any) -> None:
-        self.families = families
-
-    def collect(self) -> Any:
-        return self.families
-
-
-def figures(house: House) -> bytes:
-    house.gateway.figures._look()
-    house.gateway.figures._flush()
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Known(metrics._gather(house.settings.state / "metrics")))
-    return generate_latest(registry)
+def counted(house: House) -> bytes:
+    house.gateway.meters._look()
+    house.gateway.meters._flush()
+    return metrics._text(metrics._gather(house.settings.state / "metrics"))
 
 
 def stored(store_url: str) -> bytes:
@@ -323,7 +311,7 @@ async def test_no_key_and_no_prompt_is_in_any_output(
         await house.settled()
         outputs = {
             "log": said.getvalue(),
-            "metrics": figures(house),
+            "metrics": counted(house),
             "store": stored(store_url),
             "others": await told_to_others(house, other),
             "state": left_in(house.settings.state),

@@ -18,7 +18,7 @@ import structlog
 from gateway import __version__
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange
-from gateway.metrics import OTHER, Counters, Gauges, Histograms, Labels, Metrics
+from gateway.metrics import FOLDER, OTHER, Counters, Gauges, Histograms, Labels, Metrics
 from gateway.pools import Live
 from gateway.settlements import Settlements
 from gateway.store import Store
@@ -39,10 +39,10 @@ _STATUSES = {status: str(status) for status in (*map(int, HTTPStatus), 499, 529)
 _log = structlog.get_logger("gateway.metrics")
 
 
-class Figures:
-    """The numbers of one worker, in files of a folder that workers share."""
+class Meters:
+    """The numbers of one worker, in files of the state folder that workers share."""
 
-    def __init__(self, folder: Path, live: Live, store: Store, settlements: Settlements) -> None:
+    def __init__(self, state: Path, live: Live, store: Store, settlements: Settlements) -> None:
         self._live, self._store, self._settlements = live, store, settlements
         self._failing = False  # whether the files could not be written last
         self.active = 0  # requests that are being answered
@@ -70,6 +70,9 @@ class Figures:
             "gateway_overhead_seconds", "from a request, without its body's time, to asking an upstream", _OVERHEADS
         )
         self._lags = Histograms("gateway_event_loop_lag_seconds", "how late the event loop turns", _LAGS)
+        self._reloads = Counters(
+            "gateway_policies_reloads_total", "policies that were read anew: taken, refused", "result"
+        )
         self._losses = Counters("gateway_store_losses_total", "how often the store was lost")
         self._dropped = Counters("gateway_log_lines_dropped_total", "log lines that nobody took")
         for family in (self._overheads, self._lags, self._losses, self._dropped):
@@ -87,7 +90,7 @@ class Figures:
         self._build = Gauges("gateway_build_info", "the gateway that runs", "livemax", "version")
         self._build[(__version__,)] = 1
         own = [one for one in vars(self).values() if isinstance(one, Counters | Histograms | Gauges)]
-        self._metrics = Metrics(folder, *own, store.times, live.reloads, live.policies.pools.attempts)
+        self._metrics = Metrics(state / FOLDER, *own, store.times, live.policies.pools.attempts)
 
     # — what ends
 
@@ -162,7 +165,7 @@ class Figures:
 
     def _look(self) -> None:
         """How it is now."""
-        up: dict[Labels, float] = {}
+        reloads, up = self._live.reloads, dict[Labels, float]()
         in_flight: defaultdict[Labels, float] = defaultdict(float)
         for pool in self._live.policies.pools:
             for upstream in pool.upstreams:
@@ -175,7 +178,9 @@ class Figures:
         self._store_up.set({(): not self._store.away})
         self._takes.set({(): not self._settlements.unkept})
         self._policies.set({(self._live.policies.snapshot.revision,): 1})
-        self._reloaded.set({(): not self._live.refused})
+        self._reloaded.set({(): not reloads.mistakes})
+        for result, number in (("taken", reloads.taken), ("refused", reloads.refused)):
+            self._reloads[(result,)].raise_to(number)
         self._losses[()].raise_to(self._store.losses)
         self._dropped[()].raise_to(dropped())
 
