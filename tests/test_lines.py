@@ -113,7 +113,7 @@ def test_a_line_longer_than_a_pipe_passes_whole(pipe: Pipe) -> None:
 def test_a_descriptor_that_others_made_non_blocking_gets_all(pipe: Pipe) -> None:
     os.set_blocking(pipe.into, False)
     lines = Lines(pipe.into, told)
-    sent = numbered(500)
+    sent = [*numbered(500), b"long " * 10_000 + b"\n", *numbered(10)]
     for line in sent:
         lines.write(line)
     assert pipe.lines(len(sent)) == sent

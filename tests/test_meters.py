@@ -345,8 +345,9 @@ async def test_two_workers_of_a_folder_are_told_as_one_and_one_that_ends_leaves_
             assert of(found, "gateway_http_requests_total") == {("POST", "/v1/completions", "200"): 2}
             in_flight = of(found, "gateway_upstream_in_flight")
             assert list(in_flight.values()) == [0]
+            assert await ask(second, key) == 200
         found = told(first)
-    assert of(found, "gateway_http_requests_total") == {("POST", "/v1/completions", "200"): 2}
+    assert of(found, "gateway_http_requests_total") == {("POST", "/v1/completions", "200"): 3}
     assert of(found, "gateway_build_info") == {(__version__,): 1}
 
 

@@ -329,9 +329,10 @@ async def test_g16_a_pipe_that_nobody_reads_holds_up_no_request_and_drops_are_to
 
 
 LOGS = """
-import structlog
-from gateway import metrics, telemetry
-telemetry.set_up("json")
+import os, sys, structlog
+from gateway import telemetry
+child = os.fork()
+telemetry.set_up("json", (sys.stderr if child else sys.stdout).buffer)
 for number in range(1000):
     structlog.get_logger("gateway").info("event", number=number)
 """
@@ -339,14 +340,13 @@ for number in range(1000):
 
 def test_a_process_that_ends_has_said_everything_and_waits_for_nobody_who_does_not_read() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(telemetry.__file__).parents[1])}
-    start = partial(subprocess.Popen, [sys.executable, "-c", LOGS], stdout=subprocess.PIPE, env=environment)
-    with start() as read, start() as unread:
-        assert read.stdout is not None
-        assert unread.stdout is not None
-        said = [json.loads(line)["number"] for line in read.stdout]
-        assert read.wait(20) == 0
-        assert unread.wait(20) == 0
-        begun = [json.loads(line)["number"] for line in unread.stdout]
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", LOGS]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) as both:
+        assert both.stdout is not None
+        assert both.stderr is not None
+        said = [json.loads(line)["number"] for line in both.stderr]  # until both have ended
+        assert both.wait(20) == 0
+        begun = [json.loads(line)["number"] for line in both.stdout]
     assert said == list(range(1000))
     assert begun == said[: len(begun)]
     assert 0 < len(begun) < 1000
