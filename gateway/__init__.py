@@ -6,9 +6,9 @@ floor 0, words:     records, errors, asgi, uploads, endpoints
 floor 1, documents: settings, documents, language, snapshot, policy
 floor 2, decisions: identity, members, contract, bounds, context, normalize, usage, learned, terms, standings, recent,
                     returns, refusals, shares, counts, intents, buckets, hops, sse, health, balance
-floor 3, resources: metrics, topology, store, embedded, keys, drains, alerts, spool, ends, settlements, admission,
-                    explain, rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention, housekeeping,
-                    wire, bridge, upstream, pools
+floor 3, resources: tallies, metrics, topology, store, embedded, keys, drains, alerts, spool, ends, settlements,
+                    admission, explain, rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention,
+                    housekeeping, wire, bridge, upstream, pools
 floor 4, exchange:  exchange, proxy
 floor 5, process:   lines, telemetry, meters, reload, echoes, echo, openapi, reference, app, server, console, queries,
                     charts, reports, exporting, admin, cli

@@ -2,30 +2,24 @@
 
 To count is an addition to a plain number of this process. Once a second what has changed is written to files, in the
 format of prometheus_client's multiprocess mode, which adds them up when somebody asks: so who serves has no work with a
-scrape, and who is killed has lost a second of counting at most. The files are written and not mapped, as the library
-would do it: to touch a mapped page on a full disk ends the process (SIGBUS).
+scrape, and who is killed has lost a second of counting at most.
 
-The files are in sets, `<type>_<number>.db`. A process holds the lock of its set (flock of `<number>.lock`) while it
-lives; who starts takes the first set that nobody holds and counts on in it. So a counter never falls, whoever dies, and
-there are no more sets than there were processes at one time. Gauges count while their process lives.
+Who starts counts on in the files of one that is gone (tallies.py): a counter never falls, whoever dies. Gauges count
+while their process lives.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import struct
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-import structlog
+from gateway.tallies import Values, claim, files_in, key_of, sound, whole
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -37,8 +31,6 @@ _HOLDS = 0.5  # seconds that what was gathered is told again
 
 Labels = tuple[str, ...]
 Mode = Literal["livesum", "livemin", "livemax"]  # how the gauges of several processes are one
-
-_log = structlog.get_logger("gateway.metrics")
 
 
 # — what is counted
@@ -110,10 +102,7 @@ class Family(dict[Labels, T], Generic[T]):
         """What its samples are called in a file."""
         labels = dict(zip(self.labels, values, strict=True))
         named = self.name.removesuffix("_total")
-        return [
-            json.dumps([named, name, {**labels, **own}, self.meaning], sort_keys=True)
-            for name, own, _ in self.samples(child)
-        ]
+        return [key_of(named, name, {**labels, **own}, self.meaning) for name, own, _ in self.samples(child)]
 
 
 class Counters(Family[Counter]):
@@ -198,15 +187,15 @@ class _Set:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self.number, self._lock = _claim(folder)
-        self._files: dict[str, _Values] = {}
+        self.number, self._lock = claim(folder)
+        self._files: dict[str, Values] = {}
         self._places: dict[tuple[str, Labels], list[int]] = {}
         self._told: dict[Mode, bytes] = {}
         try:
             for old in folder.glob(f"gauge_*_{self.number}.db"):
                 old.unlink()
             for kind in ("counter", "histogram"):
-                self._files[kind] = _Values(folder / f"{kind}_{self.number}.db")
+                self._files[kind] = Values(folder / f"{kind}_{self.number}.db")
         except OSError:
             self.close()
             raise
@@ -231,131 +220,23 @@ class _Set:
 
     def replace(self, mode: Mode, all_gauges: Iterable[Gauges]) -> None:
         """Gauges come and go with what they are of: their file is written anew."""
-        told = bytearray(_HEADER)
-        for gauges in all_gauges:
-            for values, value in list(gauges.items()):
-                labels = dict(zip(gauges.labels, values, strict=True))
-                told += _entry(json.dumps([gauges.name, gauges.name, labels, gauges.meaning], sort_keys=True), value)
-        _USED.pack_into(told, 0, len(told))
-        if bytes(told) != self._told.get(mode):
+        values = {
+            key_of(gauges.name, gauges.name, dict(zip(gauges.labels, labels, strict=True)), gauges.meaning): value
+            for gauges in all_gauges
+            for labels, value in list(gauges.items())
+        }
+        told = whole(values)
+        if told != self._told.get(mode):
             file = self._folder / f"gauge_{mode}_{self.number}.db"
             draft = file.with_suffix(".new")
             draft.write_bytes(told)
             draft.replace(file)
-            self._told[mode] = bytes(told)
+            self._told[mode] = told
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         os.close(self._lock)
-
-
-# — files
-
-
-_USED, _LENGTH, _VALUE = (
-    struct.Struct("i"),
-    struct.Struct("i"),
-    struct.Struct("dd"),
-)  # the second number is a time, which ours do not have
-_HEADER = 8  # bytes: how many are used, and four of nothing
-
-
-def _entry(key: str, value: float) -> bytes:
-    text = key.encode()
-    padded = text + b" " * (8 - (len(text) + _LENGTH.size) % 8)
-    return _LENGTH.pack(len(text)) + padded + _VALUE.pack(value, 0.0)
-
-
-class _Values:
-    """A file of numbers by name, of which each has a place. What stood in it before is added to what is put there."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._image = bytearray(path.read_bytes())
-            self._places = dict(_read(self._image))
-        except FileNotFoundError:
-            self._begin(path)
-        except (struct.error, ValueError) as damage:  # the machine has failed, and the disk had not everything yet
-            _log.warning("metrics_damaged", file=str(path), reason=type(damage).__name__)
-            self._begin(path)
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        del self._image[_USED.unpack_from(self._image)[0] :]
-        self._before = {place: _VALUE.unpack_from(self._image, place)[0] for place in self._places.values()}
-        self._first, self._last = 0, len(self._image)  # what is to be written; new names begin at _first or behind it
-
-    def _begin(self, path: Path) -> None:
-        """A file without a number; who reads meanwhile finds that, or what was there before."""
-        self._image, self._places = bytearray(_HEADER), {}
-        _USED.pack_into(self._image, 0, _HEADER)
-        draft = path.with_suffix(".new")
-        draft.write_bytes(self._image)
-        draft.replace(path)
-
-    def place(self, key: str) -> int:
-        """Where the number of this name stands."""
-        place = self._places.get(key)
-        if place is None:
-            self._image += _entry(key, 0.0)
-            _USED.pack_into(self._image, 0, len(self._image))
-            place = self._places[key] = len(self._image) - _VALUE.size
-        return place
-
-    def put(self, place: int, value: float) -> None:
-        _VALUE.pack_into(self._image, place, self._before.get(place, 0.0) + value, 0.0)
-        self._first = min(self._first, place)
-        self._last = max(self._last, place + _VALUE.size)
-
-    def write(self) -> None:
-        """Write what was put since the last time: the numbers, and then how far they go."""
-        if self._last:
-            rest = memoryview(bytes(self._image[self._first : self._last]))  # of the image itself it could not grow
-            while rest:
-                rest = rest[os.pwrite(self._fd, rest, self._last - len(rest)) :]
-            os.pwrite(self._fd, self._image[:_HEADER], 0)
-            self._first, self._last = len(self._image), 0
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def _read(image: bytearray) -> Iterator[tuple[str, int]]:
-    """The names in a file with their places. Raises struct.error or ValueError where it is none."""
-    used = _USED.unpack_from(image)[0]
-    at = _HEADER
-    while at < used:
-        length = _LENGTH.unpack_from(image, at)[0]
-        key = image[at + _LENGTH.size : at + _LENGTH.size + length].decode()
-        json.loads(key)
-        at += _LENGTH.size + length + 8 - (length + _LENGTH.size) % 8
-        _VALUE.unpack_from(image, at)
-        yield key, at
-        at += _VALUE.size
-
-
-@contextmanager
-def _held(folder: Path, how: int) -> Iterator[None]:
-    """While nobody takes a set, or (LOCK_EX) looks who has one."""
-    fd = os.open(folder / "sets.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, how)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _claim(folder: Path) -> tuple[int, int]:
-    """The first set that nobody holds, and its lock."""
-    with _held(folder, fcntl.LOCK_EX):
-        for number in count():
-            fd = os.open(folder / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-            else:
-                return number, fd
-    raise AssertionError("numbers do not end")
 
 
 # — what all processes of a folder count
@@ -392,40 +273,9 @@ def _text(families: list[Metric]) -> bytes:
 def _gather(folder: Path) -> list[Metric]:
     from prometheus_client.multiprocess import MultiProcessCollector  # who only counts does without it
 
-    if not folder.is_dir():
-        return []
-    living = _living(folder)
-    files = [str(file) for file in sorted(folder.glob("*.db")) if file.name[:5] != "gauge" or _number(file) in living]
+    files = files_in(folder)
     merge: Callable[[Iterable[str]], Iterable[Metric]] = MultiProcessCollector.merge
     try:
         return list(merge(files))
     except (struct.error, RuntimeError, ValueError):
-        return list(merge(_sound(files)))
-
-
-def _living(folder: Path) -> set[str]:
-    """The sets that a process holds."""
-    found = set()
-    with _held(folder, fcntl.LOCK_SH):
-        for lock in folder.glob("[0-9]*.lock"):
-            fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found.add(lock.stem)
-            finally:
-                os.close(fd)
-    return found
-
-
-def _number(file: Path) -> str:
-    return file.stem.rpartition("_")[2]
-
-
-def _sound(files: Iterable[str]) -> Iterator[str]:
-    """Those that can be read; a damaged one is taken over by who starts next, and begins anew."""
-    for file in files:
-        with suppress(struct.error, ValueError):
-            image = bytearray(Path(file).read_bytes())
-            list(_read(image))
-            yield file
+        return list(merge(sound(files)))

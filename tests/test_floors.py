@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
             "sinks",
             "exports",
         ),
-        *("metrics", "meters", "retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
+        *("tallies", "meters", "retention", "housekeeping", "upstream", "reload", "console", "admin", "cli"),
     ),
     "typer": ("console", "reports", "exporting", "cli"),
     "uvicorn": ("server", "admin", "cli"),
