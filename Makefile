@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench bench-limits bench-reports bench-sizing prove-streams prove-contract prove-ledger prove-limits prove-rollouts docs lock clean
+.PHONY: help run install test check format bench bench-limits bench-reports bench-sizing bench-told prove-streams prove-contract prove-ledger prove-limits prove-rollouts docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ prove-contract: $(VENV)/.dev ## the whole API by schemathesis: 500 examples of e
 
 prove-ledger: $(VENV)/.dev ## kill -9 of workers, Valkey and exporters under load: 100 kills, 10,000 requests, every token written down once
 	$(BIN)/python -m tests.proving.ledger --requests 10000 --kills 100 --appendfsync both $(ARGS)
+
+bench-told: $(VENV)/.dev ## what figures and log lines cost a request, and a scrape
+	$(BIN)/python -m tests.bench.told $(ARGS)
 
 bench-reports: $(VENV)/.dev ## a year of 1,000 teams and 20 models, added up
 	$(BIN)/python -m tests.bench.reports $(ARGS)

@@ -14,7 +14,6 @@ import hmac
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from socket import socket
 
 import structlog
@@ -123,20 +122,59 @@ class Admin:
         return Response(await self._figures(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
+class Supervised:
+    """What a supervisor tells of the workers, and is asked for."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self.crew = Crew()
+
+    def workers(self) -> dict[str, int]:
+        """How many workers are in which state; `stopping` where all of them are about to end."""
+        counts = Counter[str](worker.told.state for worker in self.crew.workers)
+        return {**counts, "stopping": 1} if self.crew.leaving else dict(counts)
+
+    async def ask_reload(self) -> None:
+        self._line.say(Asked())
+
+    async def serve(self, server: uvicorn.Server, listener: socket) -> None:
+        """Serve until a signal, or until the supervisor is gone."""
+        hearing = asyncio.ensure_future(self._hear(server))
+        telling = asyncio.ensure_future(self._tell(server))
+        try:
+            await server.serve([listener])
+        finally:
+            hearing.cancel()
+            telling.cancel()
+            await asyncio.gather(hearing, telling, return_exceptions=True)
+
+    async def _hear(self, server: uvicorn.Server) -> None:
+        async for crew in self._line.heard(Crew):
+            self.crew = crew
+        server.should_exit = True
+
+    async def _tell(self, server: uvicorn.Server) -> None:
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.01)
+        self._line.say(Told("ready"))
+
+
 @asynccontextmanager
 async def opened(
     settings: Settings,
     store_url: str,
     *,
-    ask_reload: Callable[[], Awaitable[None]] | None = None,
-    workers: Workers | None = None,
+    supervised: Supervised | None = None,
 ) -> AsyncIterator[Starlette]:
-    """The control plane with its store open. `ask_reload` and `workers` ask whoever supervises the workers; None:
-    nobody does."""
+    """The control plane with its store open. `supervised` asks whoever supervises the workers; None: nobody does."""
+    ask_reload, workers = (None, None) if supervised is None else (supervised.ask_reload, supervised.workers)
     store = Store(store_url, deadline=PATIENCE)
     rolling = asyncio.ensure_future(_roll_up(store))
     operations = Operations(store, pepper(settings), settings.policies, ask_reload=ask_reload, workers=workers)
-    figures = partial(exposition, store, settings.state, settings.spools)
+
+    def figures() -> Awaitable[bytes]:
+        return exposition(store, settings.state, settings.spools, supervised.crew if supervised else None)
+
     try:
         yield Admin(admin_key(settings), operations, figures, workers=workers).app()
     finally:
@@ -157,56 +195,18 @@ async def _roll_up(store: Store) -> None:
 
 async def serve(settings: Settings, store_url: str, listener: socket, line: Line | None = None) -> None:
     """Serve the control plane on a listening socket, until SIGTERM, Ctrl-C or the end of the line to a supervisor."""
-    crew = None if line is None else _Supervised(await line.open())
-    ask_reload, workers = (None, None) if crew is None else (crew.ask_reload, crew.workers)
-    async with opened(settings, store_url, ask_reload=ask_reload, workers=workers) as app:
+    supervised = None if line is None else Supervised(await line.open())
+    async with opened(settings, store_url, supervised=supervised) as app:
         host, port = listener.getsockname()[:2]
         key = "GATEWAY_ADMIN_KEY" if settings.admin_key else str(settings.state / "admin_key")
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5
         )
-        if crew is not None:  # who supervises says what there is to say
-            await crew.serve(uvicorn.Server(config), listener)
+        if supervised is not None:  # who supervises says what there is to say
+            await supervised.serve(uvicorn.Server(config), listener)
             return
         _log.info("serving", host=host, port=port, key=key)
         await uvicorn.Server(config).serve([listener])
-
-
-class _Supervised:
-    """What a supervisor tells of the workers, and is asked for."""
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._crew = Crew()
-
-    def workers(self) -> dict[str, int]:
-        """How many workers are in which state; `stopping` where all of them are about to end."""
-        counts = Counter[str](worker.told.state for worker in self._crew.workers)
-        return {**counts, "stopping": int(self._crew.leaving)}
-
-    async def ask_reload(self) -> None:
-        self._line.say(Asked())
-
-    async def serve(self, server: uvicorn.Server, listener: socket) -> None:
-        """Serve until a signal, or until the supervisor is gone."""
-        hearing = asyncio.ensure_future(self._hear(server))
-        telling = asyncio.ensure_future(self._tell(server))
-        try:
-            await server.serve([listener])
-        finally:
-            hearing.cancel()
-            telling.cancel()
-            await asyncio.gather(hearing, telling, return_exceptions=True)
-
-    async def _hear(self, server: uvicorn.Server) -> None:
-        async for crew in self._line.heard(Crew):
-            self._crew = crew
-        server.should_exit = True
-
-    async def _tell(self, server: uvicorn.Server) -> None:
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.01)
-        self._line.say(Told("ready"))
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from gateway import drains, reload, snapshot
 from gateway.admission import Admission
 from gateway.alerts import Alerts
-from gateway.asgi import Receive, Scope, Send, refuse, shape_of
+from gateway.asgi import Message, Receive, Scope, Send, refuse, shape_of
 from gateway.endpoints import ENDPOINTS, PREFIXES, Endpoint
 from gateway.errors import (
     BadRequest,
@@ -35,11 +36,14 @@ from gateway.errors import (
     Overloaded,
     StoreUnavailable,
 )
+from gateway.exchange import Exchange
 from gateway.explain import Looks, limits_of
 from gateway.hops import pseudonym
 from gateway.housekeeping import Housekeeping
 from gateway.identity import Principal
 from gateway.keys import KeyRing
+from gateway.meters import Meters
+from gateway.metrics import OTHER
 from gateway.openapi import openapi
 from gateway.pools import Live
 from gateway.pressure import Level
@@ -66,7 +70,9 @@ _AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)
 class Gateway:
     """The data plane as an ASGI application."""
 
-    def __init__(self, live: Live, store: Store, keys: KeyRing, admission: Admission, name: bytes) -> None:
+    def __init__(
+        self, live: Live, store: Store, keys: KeyRing, admission: Admission, meters: Meters, name: bytes
+    ) -> None:
         self.live = live
         self.store = store
         self.keys = keys
@@ -74,7 +80,14 @@ class Gateway:
         self.draining = False
         self._level = Level.NONE  # of memory
         self._looks = Looks(store)
-        self._proxy = Proxy(live, keys, admission, observer(), name)
+        self.meters = meters
+        told = observer()
+
+        def observe(x: Exchange, scope: Scope) -> None:
+            meters.exchange(x, scope["method"])
+            told(x, scope)
+
+        self._proxy = Proxy(live, keys, admission, observe, name)
         self._rest = Starlette(
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),
@@ -91,23 +104,54 @@ class Gateway:
         self._rest.router.redirect_slashes = False  # an exact table: no path is mended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.meters.active += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self.meters.active -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw_path, method = scope.get("raw_path", b""), scope["method"]
         endpoint = _INFERENCE.get(raw_path)
         if endpoint is not None:
             if self._level >= Level.REFUSING:
-                await _refuse(scope, send, Overloaded("hardly any memory is left", retry_after=1), endpoint)
+                await self._refuse(scope, send, Overloaded("hardly any memory is left", retry_after=1), endpoint)
             elif method == "POST":
                 await self._proxy(endpoint, scope, receive, send)
             else:
-                await _refuse(scope, send, _not_for(method, ("POST",)), endpoint)
-        elif raw_path in self._beside or raw_path.startswith(_ONE_MODEL):
-            await self._rest(scope, receive, send)
+                await self._refuse(scope, send, _not_for(method, ("POST",)), endpoint)
+        elif raw_path in self._beside:
+            await self._rest(scope, receive, self._counted(scope, send, raw_path.decode()))
+        elif raw_path.startswith(_ONE_MODEL):
+            await self._rest(scope, receive, self._counted(scope, send, "/v1/models/{name}"))
         elif (route := self._route(raw_path)) is None:
-            await _refuse(scope, send, _nowhere(raw_path))
+            await self._refuse(scope, send, _nowhere(raw_path))
         elif method in route.methods:
             await self._proxy(route, scope, receive, send)
         else:
-            await _refuse(scope, send, _not_for(method, route.methods))
+            await self._refuse(scope, send, _not_for(method, route.methods), route.endpoint)
+
+    async def _refuse(self, scope: Scope, send: Send, error: GatewayError, endpoint: Endpoint | None = None) -> None:
+        """Refuse what never became an exchange; its body is not read."""
+        shape = shape_of(scope, "openai" if endpoint is None else endpoint.dialect)
+        self.meters.refused(error)
+        counted = self._counted(scope, send, OTHER if endpoint is None else endpoint.path)
+        await refuse(counted, error, shape=shape, close=scope["method"] != "GET")
+
+    def refused(self, error: GatewayError) -> None:
+        """The server has refused what it does not understand, or what came too slowly."""
+        self.meters.unread(error)
+
+    def _counted(self, scope: Scope, send: Send, route: str) -> Send:
+        """Where an answer goes that is none of an exchange, counted when it begins: it is short."""
+        began = time.monotonic()
+
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.meters.answered(scope["method"], route, message["status"], time.monotonic() - began)
+            await send(message)
+
+        return count
 
     def _route(self, raw_path: bytes) -> snapshot.Route | None:
         """The policies' route of a path that no two readers can take for two."""
@@ -236,12 +280,6 @@ def _not_for(method: str, allowed: Iterable[str]) -> MethodNotAllowed:
     return MethodNotAllowed(f"{method} is not for this path, expected {', '.join(sorted(allowed))}", headers=headers)
 
 
-async def _refuse(scope: Scope, send: Send, error: GatewayError, endpoint: Endpoint | None = None) -> None:
-    """Refuse what never became an exchange; its body is not read."""
-    shape = shape_of(scope, "openai" if endpoint is None else endpoint.dialect)
-    await refuse(send, error, shape=shape, close=scope["method"] != "GET")
-
-
 def _nowhere(raw_path: bytes) -> GatewayError:
     """What is said of a path that is not in a table."""
     if _AMBIGUOUS.search(raw_path):
@@ -290,14 +328,15 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     spool = Spool(settings.spools, most=settings.spool_most)
     await spool.probe()
     admission = Admission(store, spool, reached)
-    gateway = Gateway(live, store, keys, admission, pseudonym(secret))
+    meters = Meters(settings.state, live, store, admission.settlements)
+    gateway = Gateway(live, store, keys, admission, meters, pseudonym(secret))
     chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
         await keys.load()
     followed = drains.follow(store, lambda names: gateway.live.policies.pools.drain(names))
     watched = reload.watch(live, settings.policies)
     endless = (keys.follow(), admission.keep_up(), admission.settlements.keep_up(), chores.run(), followed, watched)
-    tasks = [asyncio.ensure_future(work) for work in endless]
+    tasks = [asyncio.ensure_future(work) for work in (*endless, meters.watch(), meters.keep_up())]
     for task in tasks:
         task.add_done_callback(_over)
     try:
@@ -311,6 +350,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
+        meters.close()
 
 
 def _over(task: asyncio.Future[None]) -> None:

@@ -46,6 +46,7 @@ class Exchange:
         "terms",
         "timed",
         "upload",
+        "waited",
         "way",
     )
 
@@ -54,6 +55,7 @@ class Exchange:
         self.called = called or self.id.encode()  # what the caller and the backend call it
         self.endpoint = endpoint
         self.received = time.monotonic()
+        self.waited = 0.0  # seconds, for the caller's body
         self.body: int | None = None  # bytes of a body that was read before it was understood
         self.upload: Upload | None = None  # a body that is passed on as it comes
         self.principal: Principal | None = None

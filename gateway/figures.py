@@ -4,28 +4,32 @@ workers have counted."""
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.errors import GatewayError
 from gateway.exports import standings
 from gateway.ledger import organisations
+from gateway.metrics import gathered
+from gateway.pipes import Crew, State
 from gateway.records import ledger_stream
 from gateway.store import Store
 
 
-async def exposition(store: Store, state: Path, spools: Path) -> bytes:
-    """What is known, in Prometheus's text format. That the store is away is a figure, too: the rest is told then."""
-    counted = await asyncio.to_thread(_counted, state)
+async def exposition(store: Store, state: Path, spools: Path, crew: Crew | None = None) -> bytes:
+    """What is known, in Prometheus's text format. That the store is away is a figure, too: the rest is told then.
+    `crew` are the workers, where somebody supervises them."""
+    counted = await asyncio.to_thread(gathered, state)
     families = await asyncio.to_thread(_spooled, spools)
+    families += [] if crew is None else _crew(crew)
     try:
         families += await _stored(store)
         away = 0
@@ -34,15 +38,6 @@ async def exposition(store: Store, state: Path, spools: Path) -> bytes:
     families.append(_gauge("gateway_store_up", "whether the store answers", [((), 1 - away)]))
     # A name may stand once in an exposition; of one that the workers have, theirs counts.
     return counted + _written(family for family in families if b"# TYPE %b " % family.name.encode() not in counted)
-
-
-def _counted(state: Path) -> bytes:
-    """What the workers of this state folder have counted, in the same format."""
-    # The one seam to the data plane's metrics: families, or their text, of all workers together.
-    if find_spec("gateway.metrics") is None:
-        return b""
-    gathered = import_module("gateway.metrics").gathered(state)
-    return gathered if isinstance(gathered, bytes) else _written(gathered)
 
 
 class _Known(Collector):
@@ -68,6 +63,14 @@ def _gauge(
     for label, value in values:
         family.add_metric(label, value)
     return family
+
+
+def _crew(crew: Crew) -> list[Metric]:
+    states = Counter[str](worker.told.state for worker in crew.workers)
+    restarts = CounterMetricFamily("gateway_worker_restarts", "workers that were started in the place of dead ones")
+    restarts.add_metric((), sum(worker.restarts for worker in crew.workers))
+    counted = [((state,), states[state]) for state in get_args(State)]
+    return [_gauge("gateway_workers", "processes that serve, by how they stand", counted, ("state",)), restarts]
 
 
 def _spooled(folder: Path) -> list[Metric]:

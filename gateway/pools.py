@@ -23,6 +23,7 @@ from gateway.errors import BadRequest, Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
 from gateway.marks import Mark, marks_of
+from gateway.metrics import Counters
 from gateway.normalize import InferenceRequest, fitted, instead
 from gateway.reading import Reloads
 from gateway.snapshot import Snapshot
@@ -40,14 +41,14 @@ _OVERDUE = ("upstream_first_byte_timeout", "upstream_total_timeout")  # no time 
 class Pool:
     """The upstreams that can stand in for one another, under one policy."""
 
-    def __init__(self, name: str, policy: PoolPolicy, upstreams: Sequence[Upstream]) -> None:
+    def __init__(self, name: str, policy: PoolPolicy, upstreams: Sequence[Upstream], attempts: Counters) -> None:
         self.name = name
         self.policy = policy
         self.upstreams = tuple(upstreams)
         self.budget = Budget(policy.retries)
         self._rotation: Rotation[Upstream] = Rotation()
         for upstream, own in zip(upstreams, policy.upstreams, strict=True):
-            upstream.join(name, policy, own, self._can_spare_one)
+            upstream.join(name, policy, own, self._can_spare_one, attempts)
 
     def __repr__(self) -> str:
         return f"<Pool {self.name}: {self.upstreams}>"
@@ -218,6 +219,7 @@ class Pools:
     def __init__(self, policies: Mapping[str, PoolPolicy], secrets: Secrets, before: Pools | None = None) -> None:
         """Raises OSError for a certificate that cannot be read; nothing has changed then."""
         held = {} if before is None else before._upstreams
+        self.attempts: Counters = _attempts() if before is None else before.attempts
         self._upstreams: dict[_Identity, Upstream] = {}
         for name, policy in policies.items():
             certificates = tuple(marks_of(policy.tls.files).values()) if policy.tls else ()
@@ -227,7 +229,7 @@ class Pools:
         self._drained: frozenset[str] = frozenset() if before is None else before._drained
         upstreams = iter(self._upstreams.values())
         self._pools = {
-            name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))))
+            name: Pool(name, policy, list(islice(upstreams, len(policy.upstreams))), self.attempts)
             for name, policy in policies.items()
         }
         for pool in self._pools.values():
@@ -240,6 +242,9 @@ class Pools:
 
     def __getitem__(self, name: str) -> Pool:
         return self._pools[name]
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(self._pools.values())
 
     def watch(self) -> None:
         """Begin to probe, where policies say so."""
@@ -258,6 +263,11 @@ class Pools:
         kept = set() if after is None else set(after._upstreams.values())
         for upstream in set(self._upstreams.values()) - kept:
             await upstream.retire()
+
+
+def _attempts() -> Counters:
+    meaning = "how requests to upstreams went: answered, failed, unreachable; cut: answered, and failed after that"
+    return Counters("gateway_upstream_attempts_total", meaning, "pool", "upstream", "result")
 
 
 _Identity = tuple[str, str, str | None, str, TlsPolicy | None, tuple[Mark, ...]]

@@ -132,9 +132,10 @@ async def understood(
     headers, most = scope["headers"], snapshot.gateway.max_body
     if (header(headers, b"content-encoding") or b"identity").lower() != b"identity":
         raise BadRequest("the body is encoded (Content-Encoding), expected it as it is", code="unsupported_encoding")
-    query = scope["query_string"]
+    query, asked = scope["query_string"], time.monotonic()
     if x.endpoint.body == "json":
         body = await read_body(scope, receive, most)
+        x.waited = time.monotonic() - asked
         x.body = len(body)
         return await beside(x.body, normalize, x.endpoint, body, snapshot, query)
     content_type = header(headers, b"content-type") or b""
@@ -143,6 +144,7 @@ async def understood(
         path = scope["raw_path"].decode().removeprefix("/inference")
         return of_route(to, path, query, scope["method"], content_type, upload if upload.length != 0 else None)
     form = await read_form(scope, receive, most)
+    x.waited = time.monotonic() - asked
     request = of_form(to, form, content_type, query, snapshot)
     x.upload = request.upload
     return request

@@ -281,6 +281,8 @@ class Protocol(HttpToolsProtocol):
             if self.cycle.response_started:
                 self.transport.abort()
                 return
+        elif (tell := getattr(self.app, "refused", None)) is not None:  # it would not hear of it otherwise
+            tell(error)
         status, headers, body = error.render()
         headers += [
             (b"content-length", b"%d" % len(body)),

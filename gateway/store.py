@@ -26,6 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from gateway import topology
 from gateway.errors import StoreUnavailable
+from gateway.metrics import Histograms
 from gateway.topology import Failures, why
 
 Arg = str | bytes | int | float
@@ -38,6 +39,7 @@ _FIRST_PROBE, _NEXT_PROBE = (0.25, 0.35), (0.6, 0.9)
 _LEAST_DEADLINE = 0.05  # of a probe
 _PATIENCE = 0.5  # of the connection that a probe may have to open
 _PROBE_KEPT_MS = 60_000
+_TIMES = [0.25e-3 * 2**power for power in range(13)]  # seconds, to a second
 
 _log = structlog.get_logger("gateway.store")
 
@@ -84,6 +86,9 @@ class Store:
         self.losses, self.lost = 0, 0.0  # how often it was lost, and when it was last, in time.monotonic()
         self.since = time.monotonic()  # when it came back last, or was opened
         self.warnings: tuple[str, ...] = ()  # what is wrong with how it is set up
+        self.times = Histograms(
+            "gateway_store_call_seconds", "how long script calls took, failed ones too", _TIMES, "script"
+        )
         self._topology = topology.opened(url)
         # Any: redis-py types every answer as the union of what each protocol and option could give.
         self.client: Any = topology.Client(self._topology)
@@ -131,7 +136,11 @@ class Store:
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         """The answer of a script; one that the server has forgotten is loaded and called once more."""
-        return await self.call(lambda: self._run(script, keys, args))
+        called = time.monotonic()
+        try:
+            return await self.call(lambda: self._run(script, keys, args))
+        finally:
+            self.times[(script.name,)].observe(time.monotonic() - called)
 
     async def _run(self, script: Script, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         try:

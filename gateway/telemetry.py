@@ -1,18 +1,23 @@
 """What the gateway tells of itself: one line per exchange, never a body, never a key.
 
 structlog is set up once. On a terminal the lines are for people, elsewhere they are JSON. What other libraries log
-takes the same way, and at the sink whatever looks like a key is masked, wherever it came from.
+takes the same way, and at the sink whatever looks like a key is masked, wherever it came from. Nobody who logs waits
+for who reads (lines.py), but on a terminal.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import logging
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
+from datetime import UTC, datetime
+from io import UnsupportedOperation
 from typing import Any, BinaryIO
 
 import msgspec
@@ -22,6 +27,7 @@ from gateway.admission import Lease
 from gateway.asgi import Cut, Scope, header
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange
+from gateway.lines import Lines
 
 # Before a key may stand the end of an escape: JSON's \n, or the m of a colour.
 _SECRETS = re.compile(
@@ -34,15 +40,22 @@ _MASK = b"[masked]"
 _HINTS = (b"gw_", b"sk-", b"sk_", b"fw-", b"fw_", b"pk-", b"pk_", b"earer", b"EARER")
 
 
+_PATIENCE = 1.0  # seconds that the end of the process waits for lines to be taken
+
+_lines: Lines | None = None  # those of the last set_up, where they wait
+
+
 def set_up(format_: str, stream: BinaryIO | None = None) -> None:
-    """Lines to `stream` (standard output), for `people` or as `json`; `auto` is people on a terminal."""
-    out = stream or sys.stdout.buffer
-    people = format_ == "people" or (format_ == "auto" and out.isatty())
+    """Lines to `stream` (standard output), for `people` or as `json`; `auto` is people on a terminal. They go out of a
+    thread: a process that is forked later has to set up anew."""
+    stream = stream or sys.stdout.buffer
+    people = format_ == "people" or (format_ == "auto" and stream.isatty())
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if people else "iso", utc=not people, key="timestamp"),
     ]
     render = _People() if people else _json
+    out = _waiting(stream, render, people)
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, render],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -63,6 +76,39 @@ def set_up(format_: str, stream: BinaryIO | None = None) -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").addFilter(_meant)
+
+
+def _waiting(stream: BinaryIO, render: _Render, people: bool) -> Any:
+    """A stream that nobody waits for; a terminal, and what has no descriptor, as it is."""
+    global _lines  # one for the process, as structlog's configuration is
+    _lines = None
+    try:
+        descriptor = stream.fileno()
+    except UnsupportedOperation:
+        return stream
+    if stream.isatty():
+        return stream
+
+    def told(number: int) -> bytes:
+        at = f"{datetime.now():%H:%M:%S}" if people else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+        event = {"event": "log_lines_dropped", "lines": number, "level": "warning", "timestamp": at}
+        return render(None, "warning", event) + b"\n"
+
+    stream.flush()
+    _lines = Lines(os.dup(descriptor), told)
+    atexit.register(finish)
+    return _lines
+
+
+def dropped() -> int:
+    """How many lines were dropped, as nobody took them."""
+    return 0 if _lines is None else _lines.dropped
+
+
+def finish() -> bool:
+    """Wait until all lines are out, a second at most; the end of the process does so by itself. Returns whether they
+    are."""
+    return _lines is None or _lines.drain(_PATIENCE)
 
 
 def observer() -> Callable[[Exchange, Scope], None]:
@@ -138,6 +184,9 @@ def _masked(line: bytes) -> bytes:
     return line
 
 
+_Render = Callable[[Any, str, MutableMapping[str, Any]], bytes]
+
+
 def _json(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
     if event.get("event") == "http_access":
         text = msgspec.json.encode(event)
@@ -188,7 +237,7 @@ def _meant(record: logging.LogRecord) -> bool:
 class _Sink:
     """The text side of the byte stream that the lines go to."""
 
-    def __init__(self, out: BinaryIO) -> None:
+    def __init__(self, out: BinaryIO | Lines) -> None:
         self._out = out
 
     def write(self, text: str) -> None:

@@ -18,6 +18,7 @@ from gateway.errors import GatewayError, UpstreamFailed
 from gateway.health import Health, Outcome, Turn
 from gateway.hops import Travelling, carried, travelling
 from gateway.language import Api, Cause, PoolPolicy, Timeouts, UpstreamPolicy
+from gateway.metrics import Counters
 from gateway.normalize import InferenceRequest, renamed
 from gateway.sse import LAST_WORDS, UsageFilter, at_boundary, error_event, finished
 from gateway.uploads import Upload
@@ -81,9 +82,13 @@ class Upstream:
         self.authorize(policy.api, "")
         self._probes: asyncio.Task[None] | None = None
 
-    def join(self, pool: str, policy: PoolPolicy, own: UpstreamPolicy, may_eject: Callable[[], bool]) -> None:
-        """Go by these rules from now on. `may_eject` says whether the pool can spare it."""
+    def join(
+        self, pool: str, policy: PoolPolicy, own: UpstreamPolicy, may_eject: Callable[[], bool], attempts: Counters
+    ) -> None:
+        """Go by these rules from now on. `may_eject` says whether the pool can spare it; in `attempts` is counted how
+        requests go."""
         self._pool = pool
+        self._attempts = attempts
         self._policy = own
         self._may_eject = may_eject
         self._health_policy = policy.health
@@ -185,6 +190,7 @@ class Upstream:
 
     def report(self, outcome: Outcome, *, trial: bool = False) -> None:
         now = asyncio.get_running_loop().time()
+        self._attempts[(self._pool, self.name, outcome)].add()
         self._tell(self.health.report(now, outcome, self._may_eject, trial=trial), outcome)
 
     async def leave(self) -> None:

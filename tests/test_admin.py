@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
 import os
 import stat
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 import redis
 import yaml
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import admin
 from gateway.identity import stored_user
+from gateway.pipes import Crew, State, Told, Worker
 from gateway.records import COUNTERS, DIMENSIONS, dead_letters, ledger_stream, sums_key
 from gateway.settings import Settings
 from tests.proving import house
@@ -91,19 +89,32 @@ class Desk:
         }
 
 
+class Overseen(admin.Supervised):
+    """Workers in these states, and whoever is asked to have them reload."""
+
+    def __init__(self, states: Mapping[str, int], reload: Callable[[], Awaitable[None]] | None = None) -> None:
+        workers = [name for name, count in states.items() if name != "stopping" for _ in range(count)]
+        crew = tuple(Worker(1, Told(cast(State, name)), 2, False) for name in workers)
+        self.crew = Crew(crew, "stopping" in states)
+        self._reload = reload
+
+    async def ask_reload(self) -> None:
+        assert self._reload is not None
+        await self._reload()
+
+
 @asynccontextmanager
 async def opened(
     store_url: str,
     folder: Path,
     *,
-    ask_reload: Callable[[], Awaitable[None]] | None = None,
-    workers: Callable[[], Mapping[str, int]] | None = None,
+    supervised: admin.Supervised | None = None,
     **given: Any,
 ) -> AsyncIterator[Desk]:
     ours = {"state": folder, "policies": folder / "policies", "key_pepper": "of the tests", "admin_key": KEY}
     settings = Settings.read({}, **{**ours, **given})
     async with AsyncExitStack() as stack:
-        app = await stack.enter_async_context(admin.opened(settings, store_url, ask_reload=ask_reload, workers=workers))
+        app = await stack.enter_async_context(admin.opened(settings, store_url, supervised=supervised))
         url = await stack.enter_async_context(house.served(app))
         yield Desk(url, redis.Redis.from_url(store_url), folder)
 
@@ -354,34 +365,24 @@ async def test_sums_that_cannot_be_read_and_another_pepper_are_told(desk: Desk, 
 async def test_it_is_ready_while_a_worker_is_and_says_why_not(
     store_url: str, tmp_path: Path, workers: dict[str, int] | None, reasons: list[str]
 ) -> None:
-    async with opened(store_url, tmp_path, workers=None if workers is None else lambda: workers) as desk:
+    async with opened(store_url, tmp_path, supervised=None if workers is None else Overseen(workers)) as desk:
         answer = await desk.get("/healthz/ready", key=None)
     word = "not ready" if reasons else "ready"
     assert (answer.status_code, answer.json()) == (503 if reasons else 200, {"status": word, "reasons": reasons})
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-async def test_what_workers_count_is_told_beside_and_no_name_twice(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, as_text: bool
-) -> None:
-    asked: list[Path] = []
-
-    def gathered(state: Path) -> Any:
-        asked.append(state)
-        if as_text:
-            takes = b"# TYPE gateway_takes counter\ngateway_takes_total 7\n"
-            return takes + b"# TYPE gateway_store_up gauge\ngateway_store_up 5\n"
-        return [CounterMetricFamily("gateway_takes", "n", value=7), GaugeMetricFamily("gateway_store_up", "n", 5)]
-
-    module = ModuleType("gateway.metrics")
-    module.gathered = gathered  # type: ignore[attr-defined]
-    module.__spec__ = ModuleSpec("gateway.metrics", None)
-    monkeypatch.setitem(sys.modules, "gateway.metrics", module)
-    figures = await desk.figures()
-    assert asked == [desk.folder]
-    names = ("gateway_takes_total", "gateway_store_up", "gateway_spool_files")
-    assert [figures[name,] for name in names] == [7, 5, 0]
-    assert (await desk.get("/metrics", key=None)).text.count("\ngateway_store_up ") == 1
+async def test_what_workers_count_is_told_beside_and_no_name_twice(store_url: str, tmp_path: Path) -> None:
+    async with house.gateway(store_url, house.documents(["http://127.0.0.1:9"]), state=tmp_path) as served:
+        info = ("gateway_policies_info", served.gateway.live.reloads.revision)
+        async with opened(store_url, tmp_path, supervised=Overseen({"ready": 2, "draining": 1})) as desk:
+            async with asyncio.timeout(20):
+                while info not in (figures := await desk.figures()):  # workers write once a second
+                    await asyncio.sleep(0.05)
+            text = (await desk.get("/metrics", key=None)).text
+    assert figures[info] == 1
+    assert text.count("\ngateway_store_up ") == 1
+    assert [figures["gateway_workers", state] for state in ("ready", "starting", "unready", "draining")] == [2, 0, 0, 1]
+    assert figures["gateway_worker_restarts_total",] == 6
 
 
 # — the command

@@ -22,7 +22,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "httptools": ("wire", "server"),
     "httpx": ("alerts", "sinks", "wire", "bridge", "upstream"),
     "pydantic": ("language", "policy"),
-    "prometheus_client": ("figures", "admin"),
+    "prometheus_client": ("metrics", "figures", "admin"),
     "psycopg": ("postgres",),
     # The last four: for the name of one exception.
     "redis": ("topology", "store", "embedded", "settlements", "admission", "exports", "housekeeping"),
@@ -43,7 +43,7 @@ HOMES: dict[str, tuple[str, ...]] = {
             "exports",
         ),
         *("retention", "housekeeping", "upstream", "reading", "reload", "serving", "worker", "supervisor", "console"),
-        *("operations", "admin", "cli"),
+        *("tallies", "meters", "operations", "admin", "cli"),
     ),
     "typer": ("console", "reports", "exporting", "cli"),
     "uvicorn": ("server", "serving", "admin", "cli"),

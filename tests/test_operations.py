@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.flows.test_ten_sentences import ANSWER, BODY, everything
 from tests.proving import house
 from tests.proving.backend import Backend, Peer, forever, ok
 from tests.proving.house import DOCUMENTS, documents
-from tests.test_admin import KEY, Desk, opened
+from tests.test_admin import KEY, Desk, Overseen, opened
 
 TEAM = {"name": "of-team", "count": "requests", "quota": "600/day", "per": ["team"]}
 BY_KEY = {"name": "of-key", "count": "total_tokens", "quota": "1000/day", "per": ["key"]}
@@ -266,12 +267,14 @@ async def test_a_reload_is_asked_of_the_workers_once_the_documents_have_no_mista
     store_url: str, tmp_path: Path
 ) -> None:
     async with house.gateway(store_url, documents(["http://127.0.0.1:9"])) as served:
-        live, folder = served.gateway.live, served.settings.policies
+        # Another folder than the one that the gateway watches by itself.
+        live, folder = served.gateway.live, tmp_path / "others"
+        shutil.copytree(served.settings.policies, folder)
 
         async def ask() -> None:
             await reload(live, folder)
 
-        given: Any = {"ask_reload": ask, "workers": lambda: {"ready": 2}, "policies": folder}
+        given: Any = {"supervised": Overseen({"ready": 2}, ask), "policies": folder}
         async with opened(store_url, tmp_path, **given) as desk:
             assert (await desk.get("/admin/v1/policies")).json()["workers"] == {"ready": 2}
             (folder / "more.yaml").write_text("teams:\n  more: {organisation: acme, plan: fre}\n")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import structlog
 
-from gateway import telemetry
+from gateway import metrics, telemetry
 from gateway.asgi import Cut
 from gateway.identity import make_key, new_key
+from gateway.lines import Lines
 from tests.proving.house import MODEL, House, documents, echo, gateway
 
 KEY = make_key("0123456789ab", 2**255 + 12345)
@@ -41,13 +48,14 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], io.BytesI
         structlog, "configure", lambda **given: configure(**{**given, "cache_logger_on_first_use": False})
     )
 
-    def set_up(format_: str) -> io.BytesIO:
-        stream = io.BytesIO()
+    def set_up(format_: str, stream: Any = None) -> Any:
+        stream = stream or io.BytesIO()
         root.setLevel(logging.DEBUG)
         telemetry.set_up(format_, stream)
         return stream
 
     yield set_up
+    monkeypatch.setattr(telemetry, "_lines", None)
     configure(**before)
     root.handlers = handlers
     root.setLevel(level)
@@ -255,3 +263,100 @@ def test_auto_is_for_people_on_a_terminal(
     telemetry.set_up(format_, stream)
     log().info("event")
     assert (b"\x1b[" in stream.getvalue()) is people
+
+
+# — nobody waits for who reads
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, BinaryIO]]:
+    """A pipe that holds four KiB."""
+    out, into = os.pipe()
+    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, 4096)
+    with os.fdopen(into, "wb") as stream:
+        yield out, stream
+    os.close(out)
+
+
+def read_all(out: int) -> list[dict[str, Any]]:
+    """The lines in a pipe, once all that wait for it are out."""
+    read = b""
+    os.set_blocking(out, False)
+    while True:
+        done = telemetry._lines is not None and telemetry._lines.drain(0.02)
+        try:
+            read += os.read(out, 65536)
+        except BlockingIOError:
+            if done:
+                return [json.loads(line) for line in read.splitlines()]
+
+
+def test_lines_of_all_who_log_keep_their_order_in_a_pipe(lines: Callable[..., Any], pipe: tuple[int, BinaryIO]) -> None:
+    out, into = pipe
+    lines("json", into)
+    library = logging.getLogger("a.library")
+    for number in range(0, 200, 2):
+        log().info("ours", number=number)
+        library.warning("%d", number + 1)
+    found = read_all(out)
+    assert [line.get("number", line["event"]) for line in found] == [n if n % 2 == 0 else str(n) for n in range(200)]
+    assert (found[1]["level"], found[1]["logger"], telemetry.dropped()) == ("warning", "a.library", 0)
+
+
+async def test_g16_a_pipe_that_nobody_reads_holds_up_no_request_and_drops_are_told(
+    lines: Callable[..., Any], pipe: tuple[int, BinaryIO], store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "Lines", partial(Lines, most=20_000))
+    out, into = pipe
+    lines("json", into)
+    async with echo() as backend, gateway(store_url, documents([backend])) as house:
+        key = await house.key()
+        async with house.client(key) as client:
+            body = {"model": MODEL, "prompt": "a b", "max_tokens": 2}
+            answers = [(await client.post("/v1/completions", json=body)).status_code for _ in range(80)]
+        dropped = telemetry.dropped()
+        house.gateway.meters._look()
+        house.gateway.meters._flush()
+        told = {family.name: family.samples for family in metrics._gather(house.settings.state / "metrics")}
+        assert [sample.value for sample in told["gateway_log_lines_dropped"]] == [dropped]
+        found = await asyncio.to_thread(read_all, out)
+    access = [line for line in found if line["event"] == "http_access"]
+    (notice,) = [line for line in found if line["event"] == "log_lines_dropped"]
+    assert answers == [200] * 80
+    assert dropped > 20
+    assert (len(access), notice["lines"], notice["level"]) == (80 - dropped, dropped, "warning")
+    assert set(notice) == {"event", "level", "timestamp", "lines"}
+
+
+LOGS = """
+import os, sys, structlog
+from gateway import telemetry
+child = os.fork()
+telemetry.set_up("json", (sys.stderr if child else sys.stdout).buffer)
+for number in range(1000):
+    structlog.get_logger("gateway").info("event", number=number)
+"""
+
+
+def test_a_process_that_ends_has_said_everything_and_waits_for_nobody_who_does_not_read() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(telemetry.__file__).parents[1])}
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", LOGS]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) as both:
+        assert both.stdout is not None
+        assert both.stderr is not None
+        said = [json.loads(line)["number"] for line in both.stderr]  # until both have ended
+        assert both.wait(20) == 0
+        begun = [json.loads(line)["number"] for line in both.stdout]
+    assert said == list(range(1000))
+    assert begun == said[: len(begun)]
+    assert 0 < len(begun) < 1000
+
+
+def test_a_terminal_gets_its_lines_at_once(lines: Callable[..., Any]) -> None:
+    master, slave = os.openpty()
+    with os.fdopen(slave, "wb") as stream:
+        lines("auto", stream)
+        log().info("event")
+        assert telemetry._lines is None
+        assert b"event" in os.read(master, 4096)
+    os.close(master)

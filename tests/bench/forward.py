@@ -15,6 +15,7 @@ import uvicorn
 from gateway.asgi import Receive, Scope, Send, read_body
 from gateway.endpoints import ENDPOINTS
 from gateway.language import PoolPolicy, UpstreamPolicy
+from gateway.metrics import Counters
 from gateway.normalize import InferenceRequest
 from gateway.server import config
 from gateway.snapshot import Model
@@ -30,7 +31,7 @@ class Forward:
         own = UpstreamPolicy(url=f"http://127.0.0.1:{port}")
         pool = PoolPolicy(upstreams=(own,))
         self.upstream = Upstream(pool, own, Wire(own.url))
-        self.upstream.join("bench", pool, own, lambda: False)
+        self.upstream.join("bench", pool, own, lambda: False, Counters("attempts", "", "pool", "upstream", "result"))
         self.model = Model("m", "m", None, "bench", "fireworks", "m", 1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
