@@ -3,15 +3,15 @@
 The files stand on floors; a file imports only what stands before it in this list (tests/test_floors.py holds it true).
 
 floor 0, words:     records, errors, asgi, uploads, endpoints
-floor 1, documents: settings, documents, language, snapshot, policy
+floor 1, documents: settings, otel, documents, language, snapshot, policy
 floor 2, decisions: identity, members, contract, bounds, context, normalize, usage, learned, terms, standings, recent,
                     returns, refusals, shares, counts, intents, buckets, hops, sse, health, balance
 floor 3, resources: topology, store, embedded, keys, drains, alerts, spool, ends, settlements, admission, explain,
                     rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention, housekeeping, wire,
                     bridge, upstream, pools
 floor 4, exchange:  exchange, proxy
-floor 5, process:   telemetry, reload, echoes, echo, openapi, reference, app, server, console, queries, charts,
-                    reports, exporting, admin, cli
+floor 5, process:   spans, traces, telemetry, reload, echoes, echo, openapi, reference, app, server, console, queries,
+                    charts, reports, exporting, admin, cli
 """
 
 __version__ = "0.1.0"

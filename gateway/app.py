@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.applications import Starlette
@@ -21,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway import drains, reload, snapshot
+from gateway import drains, reload, snapshot, telemetry
 from gateway.admission import Admission
 from gateway.alerts import Alerts
 from gateway.asgi import Receive, Scope, Send, refuse, shape_of
@@ -47,8 +49,10 @@ from gateway.reference import page
 from gateway.settings import Settings, pepper
 from gateway.spool import Spool
 from gateway.store import Store
-from gateway.telemetry import observer
 from gateway.terms import Charge, may_use
+
+if TYPE_CHECKING:
+    from gateway.traces import Traces
 
 _INFERENCE = {f"{prefix}/{name}".encode(): endpoint for prefix in PREFIXES for name, endpoint in ENDPOINTS.items()}
 
@@ -65,14 +69,24 @@ _AMBIGUOUS = re.compile(rb"%(?:2[ef]|5c|0[0ad])", re.IGNORECASE)
 class Gateway:
     """The data plane as an ASGI application."""
 
-    def __init__(self, live: Live, store: Store, keys: KeyRing, admission: Admission, name: bytes) -> None:
+    def __init__(
+        self,
+        live: Live,
+        store: Store,
+        keys: KeyRing,
+        admission: Admission,
+        name: bytes,
+        traces: Traces | None = None,
+    ) -> None:
         self.live = live
         self.store = store
         self.keys = keys
         self.admission = admission
         self.draining = False
         self._looks = Looks(store)
-        self._proxy = Proxy(live, keys, admission, observer(), name)
+        self.traces = traces
+        samples = None if traces is None else traces.samples
+        self._proxy = Proxy(live, keys, admission, telemetry.observer(traces), name, samples)
         self._rest = Starlette(
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),
@@ -246,10 +260,12 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 @asynccontextmanager
 async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
-    """A gateway with everything it needs open; left, everything is settled and closed. Raises PolicyError, StoreError.
+    """A gateway with everything it needs open; left, everything is settled and closed. Raises PolicyError, StoreError,
+    and SettingsError for OpenTelemetry's variables.
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
+    traces = telemetry.traces(os.environ)
     policies = reload.opened(load(settings.policies))
     policies.pools.watch()
     store = Store(store_url, deadline=settings.store_deadline)
@@ -264,7 +280,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     spool = Spool(settings.spools, most=settings.spool_most)
     await spool.probe()
     admission = Admission(store, spool, reached)
-    gateway = Gateway(live, store, keys, admission, pseudonym(secret))
+    gateway = Gateway(live, store, keys, admission, pseudonym(secret), traces)
     chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
         await keys.load()
@@ -284,6 +300,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
+        if traces is not None:
+            await traces.aclose()
 
 
 def _over(task: asyncio.Future[None]) -> None:
