@@ -265,8 +265,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
-    traces = telemetry.traces(os.environ)
     policies = reload.opened(load(settings.policies))
+    traces = telemetry.traces(os.environ)
     policies.pools.watch()
     store = Store(store_url, deadline=settings.store_deadline)
     secret = pepper(settings)

@@ -105,9 +105,7 @@ def spans_of(x: Exchange, scope: Scope, parent: bytes, names: Names) -> list[Spa
         )
     ]
     if x.lease is not None:
-        refused = not x.lease.since
-        until = x.ended_at if refused else x.lease.since
-        spans.append(_part("admit", server, x.lease.asked, until, failed=refused and failed))
+        spans.append(_part("admit", server, x.lease.asked, x.lease.since))
     if x.opening is not None:
         spans += _attempts(x, server, names)
     return spans

@@ -83,6 +83,7 @@ class Traces:
         self._closing = asyncio.Event()
         self._told = (float("-inf"), 0)  # when it was told that something was lost, and how much that was
         self._task = asyncio.ensure_future(self._send_for_ever())
+        self._task.add_done_callback(_over)
 
     def __repr__(self) -> str:
         return f"<Traces {self._held} spans waiting, {self.lost} lost>"
@@ -109,13 +110,15 @@ class Traces:
             self._enough.set()
 
     async def aclose(self) -> None:
-        """Send what waits, within PATIENCE."""
+        """Send what waits, within PATIENCE. Saying it twice is as good as once."""
         self._closing.set()
         self._enough.set()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._task, PATIENCE)
+        await asyncio.wait((self._task,), timeout=PATIENCE)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
         if self._held:
             self._lose(self._held, "the gateway ended")
+            self._held = 0
         await self._client.aclose()
 
     # — sending
@@ -180,6 +183,12 @@ class Traces:
         if time.monotonic() - at > _SELDOM:
             _log.warning("traces_lost", spans=self.lost - told, reason=reason)
             self._told = time.monotonic(), self.lost
+
+
+def _over(task: asyncio.Task[None]) -> None:
+    """It has ended before it was to: nobody would hear of it otherwise, but of a queue that is full."""
+    if not task.cancelled() and (defect := task.exception()) is not None:
+        _log.error("task_died", task=repr(task), exc_info=defect)
 
 
 def _trust(tracing: Tracing) -> ssl.SSLContext | bool:
