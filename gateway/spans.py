@@ -20,6 +20,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -181,19 +182,25 @@ def _name(x: Exchange, model: Model) -> str:
 
 def _asked(x: Exchange, model: Model, upstream: Upstream, again: int, names: Names) -> Attributes:
     """What is said of every attempt: who was asked, and for what."""
-    address = urlsplit(f"//{upstream.name}")
+    host, port = _address(upstream.name)
     said: Attributes = {
         names["operation"]: _OPERATIONS.get(x.endpoint.name, x.endpoint.name),
         names["provider"]: model.api,
         names["model"]: model.name,
         "gateway.pool": model.pool,
-        "server.address": address.hostname or "",
+        "server.address": host,
     }
-    if address.port is not None:
-        said["server.port"] = address.port
+    if port is not None:
+        said["server.port"] = port
     if again:
         said["http.request.resend_count"] = again
     return said
+
+
+@lru_cache(maxsize=1024)
+def _address(name: str) -> tuple[str, int | None]:
+    parts = urlsplit(f"//{name}")
+    return parts.hostname or "", parts.port
 
 
 def _answered(x: Exchange, answer: Answer, first: float, names: Names) -> Attributes:

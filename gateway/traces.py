@@ -6,8 +6,8 @@
 
 What is lost is counted, and told at most once a minute; nobody waits for a collector but the task that talks to it.
 
-OpenTelemetry's SDK is not used: of a request with five spans its encoder makes 280 µs, and in a thread of its own it
-keeps the event loop from the interpreter for 5 ms at a time. Here it is the same messages, filled in directly: 60 µs.
+OpenTelemetry's SDK is not used: to encode the five spans of a request takes it 330 µs, and in a thread of its own it
+keeps the event loop from the interpreter for 5 ms at a time. Here the same messages are filled in directly, in 65 µs.
 Messages of protobuf that are written one after the other are one message, so that a batch is a join.
 """
 

@@ -282,7 +282,7 @@ async def test_failures_of_backends_are_failures_of_their_spans(taken: Collector
 
 
 async def test_no_word_of_a_request_or_an_answer_nor_a_key_nor_a_user_is_told(taken: Collector, store_url: str) -> None:
-    async with Backend(always(ok(CHAT.replace(b'"stop"', b'"reason-canary"')))) as backend:
+    async with Backend(always(ok(CHAT.replace(b'"stop"', b'"reason_canary"')))) as backend:
         async with opened(store_url, documents([backend.url])) as (house, client):
             given: dict[str, Any] = {
                 "model": MODEL,
