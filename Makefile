@@ -69,7 +69,8 @@ lock: $(VENV)/.dev ## resolve the lock files anew
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build.in
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'], sep='\n')" > $(VENV)/dev.in
 	$(BIN)/pip-compile $(LOCK) -o requirements.lock pyproject.toml $(VENV)/build.in
-	$(BIN)/pip-compile $(LOCK) -c requirements.lock -o requirements-dev.lock pyproject.toml $(VENV)/build.in $(VENV)/dev.in
+	$(BIN)/pip-compile $(LOCK) --extra postgres --extra traces --extra http2 -c requirements.lock -o requirements-image.lock pyproject.toml $(VENV)/build.in
+	$(BIN)/pip-compile $(LOCK) -c requirements-image.lock -o requirements-dev.lock pyproject.toml $(VENV)/build.in $(VENV)/dev.in
 
 LOCK := --quiet --generate-hashes --strip-extras --allow-unsafe --extra embedded --no-header --no-annotate \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options

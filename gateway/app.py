@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.applications import Starlette
@@ -22,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway import drains, reload, snapshot
+from gateway import drains, reload, snapshot, telemetry
 from gateway.admission import Admission
 from gateway.alerts import Alerts
 from gateway.asgi import Message, Receive, Scope, Send, refuse, shape_of
@@ -52,8 +54,10 @@ from gateway.reference import page
 from gateway.settings import Settings, pepper
 from gateway.spool import Spool
 from gateway.store import Store
-from gateway.telemetry import observer
 from gateway.terms import Charge, may_use
+
+if TYPE_CHECKING:
+    from gateway.traces import Traces
 
 _INFERENCE = {f"{prefix}/{name}".encode(): endpoint for prefix in PREFIXES for name, endpoint in ENDPOINTS.items()}
 
@@ -71,7 +75,14 @@ class Gateway:
     """The data plane as an ASGI application."""
 
     def __init__(
-        self, live: Live, store: Store, keys: KeyRing, admission: Admission, meters: Meters, name: bytes
+        self,
+        live: Live,
+        store: Store,
+        keys: KeyRing,
+        admission: Admission,
+        meters: Meters,
+        name: bytes,
+        traces: Traces | None = None,
     ) -> None:
         self.live = live
         self.store = store
@@ -81,13 +92,14 @@ class Gateway:
         self._level = Level.NONE  # of memory
         self._looks = Looks(store)
         self.meters = meters
-        told = observer()
+        self.traces = traces
+        told = telemetry.observer(traces)
 
         def observe(x: Exchange, scope: Scope) -> None:
             meters.exchange(x, scope["method"])
             told(x, scope)
 
-        self._proxy = Proxy(live, keys, admission, observe, name)
+        self._proxy = Proxy(live, keys, admission, observe, name, None if traces is None else traces.samples)
         self._rest = Starlette(
             routes=[
                 *(Route(f"{prefix}/models", self._models, methods=["GET"]) for prefix in PREFIXES),
@@ -310,10 +322,12 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 @asynccontextmanager
 async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
-    """A gateway with everything it needs open; left, everything is settled and closed. Raises PolicyError, StoreError.
+    """A gateway with everything it needs open; left, everything is settled and closed. Raises PolicyError, StoreError,
+    and SettingsError for OpenTelemetry's variables.
 
     A store that is away does not keep it from starting: it is not ready until the store has come.
     """
+    traces = telemetry.traces(os.environ)
     live = reload.opened(settings.policies)
     store = Store(store_url, deadline=settings.store_deadline)
     secret = pepper(settings)
@@ -329,7 +343,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     await spool.probe()
     admission = Admission(store, spool, reached)
     meters = Meters(settings.state, live, store, admission.settlements)
-    gateway = Gateway(live, store, keys, admission, meters, pseudonym(secret))
+    gateway = Gateway(live, store, keys, admission, meters, pseudonym(secret), traces)
     chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
         await keys.load()
@@ -351,6 +365,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await gateway.live.policies.pools.retire()
         await store.aclose()
         meters.close()
+        if traces is not None:
+            await traces.aclose()
 
 
 def _over(task: asyncio.Future[None]) -> None:

@@ -271,6 +271,8 @@ class _Line:
 class Body(httpx.AsyncByteStream):
     """The body of one answer; a `gateway.wire.Stream`. It reads on when it is asked to, and holds one piece at most."""
 
+    connected = 0.0  # httpx does not say
+
     def __init__(
         self, bridge: Bridge, line: _Line, response: httpx.Response, method: str, timeouts: Timeouts, end_by: float
     ) -> None:

@@ -139,6 +139,8 @@ def run_or_exit(work: Coroutine[Any, Any, T], run: Callable[[Coroutine[Any, Any,
         return run(work)
     except PolicyError as error:
         fail(str(error), WRONG)
+    except SettingsError as error:
+        fail(str(error), USAGE)
     except StoreError as error:
         fail(str(error), UNUSABLE)
     except GatewayError as error:

@@ -15,6 +15,7 @@ from gateway.identity import Principal
 from gateway.intents import Charges, Intent
 from gateway.learned import Learned
 from gateway.normalize import InferenceRequest
+from gateway.pools import Opening
 from gateway.records import EndedBy, UsageRecord
 from gateway.snapshot import Limit
 from gateway.terms import Terms, used
@@ -35,10 +36,12 @@ class Exchange:
         "called",
         "commented",
         "ended",
+        "ended_at",
         "endpoint",
         "error",
         "id",
         "lease",
+        "opening",
         "principal",
         "received",
         "request",
@@ -63,9 +66,11 @@ class Exchange:
         self.request: InferenceRequest | None = None
         self.terms: Terms  # known before it is admitted
         self.lease: Lease | None = None
+        self.opening: Opening | None = None
         self.answer: Answer | None = None
         self.error: GatewayError | None = None
         self.ended: Ended = "gateway"
+        self.ended_at = 0.0  # when that was clear, in time.monotonic(), which is before it was settled
         self.started = False  # whether a status line went out
         self.commented = False  # and whether that was ours, before there was an answer
         self.timed = False  # whether its answer says where the time went
@@ -157,7 +162,8 @@ class Exchange:
         return self.endpoint.dialect
 
     def end(self, error: BaseException | None) -> None:
-        """Note how it ended: with an error of ours, because the caller left, or well."""
+        """Note how it ended: with an error of ours, because the caller left, or well; and when it first did."""
+        self.ended_at = self.ended_at or time.monotonic()
         match error:
             case None:
                 self.ended = "complete"
@@ -225,7 +231,7 @@ class Exchange:
             cost_microusd=usage.cost(self.terms.price),
             received_ms=self.received_ms,
             first_byte_ms=None if answer is None else self._ms(answer.answered),
-            ended_ms=self._ms(time.monotonic()),
+            ended_ms=self._ms(self.ended_at or time.monotonic()),
             bytes_in=self.body or 0 if self.upload is None else self.upload.passed,
             bytes_out=0 if answer is None else answer.tail.length,
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from gateway.asgi import RawHeaders, named_by_connection
 from gateway.errors import LoopDetected, VersionNotSupported
@@ -30,6 +30,7 @@ _USUAL = (
 )
 
 Travelling = Mapping[bytes, bytes]
+Samples = Callable[[bytes, bool | None], bool]  # of a trace's id, and of what its parent says, if there is one
 
 
 def travelling(more: Iterable[str] = ()) -> Travelling:
@@ -55,10 +56,12 @@ class Way:
     RFC 9110 section 7.6.3 (Via), RFC 7239 (Forwarded), W3C Trace Context (traceparent, tracestate).
     """
 
-    __slots__ = ("headers", "trace_id")
+    __slots__ = ("headers", "sampled", "span", "trace_id")
 
-    def __init__(self, scope: Mapping[str, Any], name: bytes, called: bytes, span: bytes) -> None:
-        """`called` is the request's id, `span` sixteen random bytes.
+    def __init__(
+        self, scope: Mapping[str, Any], name: bytes, called: bytes, span: bytes, samples: Samples | None = None
+    ) -> None:
+        """`called` is the request's id, `span` sixteen random bytes; `samples` says of a trace whether it is recorded.
 
         Raises VersionNotSupported for HTTP/1.0, and LoopDetected for a request that was here before.
         """
@@ -71,16 +74,30 @@ class Way:
                 headers=[(b"x-should-retry", b"false")],
             )
         via.append(b"%b %b" % (scope["http_version"].encode(), name))
-        trace, flags = _trace(parent) or (span.hex().encode(), b"00")
+        found = _parent(parent)
+        trace, flags = (found.trace, found.flags) if found else (span.hex().encode(), b"00")
+        self.sampled = False
+        if samples is not None:
+            self.sampled = samples(trace, found.sampled if found else None)
+            flags = b"%02x" % (int(flags, 16) & _RANDOM | self.sampled)
         self.trace_id = trace.decode()
+        self.span = span[:8].hex().encode()  # the backend's parent: the attempt that asks it
         self.headers: RawHeaders = [
             (b"via", b", ".join(via)),
             (b"forwarded", _forwarded(scope, name)),
             (b"x-request-id", called),
-            (b"traceparent", b"00-%b-%b-%b" % (trace, span[:8].hex().encode(), flags)),
+            (b"traceparent", b"00-%b-%b-%b" % (trace, self.span, flags)),
         ]
-        if state and parent is not None and trace == parent[3:35]:
+        if state and found is not None:
             self.headers.append((b"tracestate", b",".join(state)))
+
+    def again(self, span: bytes) -> None:
+        """Go out once more, as another span: eight random bytes."""
+        self.span = span.hex().encode()
+        self.headers = [
+            (name, value[:36] + self.span + value[52:] if name == b"traceparent" else value)
+            for name, value in self.headers
+        ]
 
 
 def _given(headers: RawHeaders) -> tuple[list[bytes], bytes | None, list[bytes]]:
@@ -93,20 +110,39 @@ def _given(headers: RawHeaders) -> tuple[list[bytes], bytes | None, list[bytes]]
     return found[b"via"], parents[0].strip() if len(parents) == 1 else None, found[b"tracestate"]
 
 
+class Parent(NamedTuple):
+    """The caller's span, whose child a request is: trace, span and flags in hex digits."""
+
+    trace: bytes
+    span: bytes
+    flags: bytes
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the caller records it."""
+        return bool(int(self.flags, 16) & 1)
+
+
+def parent_of(headers: RawHeaders) -> Parent | None:
+    """The caller's span, where his request names one."""
+    return _parent(_given(headers)[1])
+
+
 def _passed(via: bytes, name: bytes) -> bool:
     """Whether a hop of this name is in a Via: `1.1 name (a comment), 1.0 other`."""
     return any(hop.split(b"(")[0].split()[1:2] == [name] for hop in via.split(b","))
 
 
 # A later version has the first four fields too, and may have more.
-_PARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(?:-.*)?")
+_PARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+_RANDOM = 2  # the flag that says that the trace's id is random: it holds whoever samples
 
 
-def _trace(parent: bytes | None) -> tuple[bytes, bytes] | None:
-    found = _PARENT.fullmatch(parent) if parent else None
+def _parent(header: bytes | None) -> Parent | None:
+    found = _PARENT.fullmatch(header) if header else None
     if found is None or (found[0].startswith(b"00") and len(found[0]) != 55):
         return None
-    return found[1], found[2]
+    return Parent(found[1], found[2], found[3])
 
 
 def _forwarded(scope: Mapping[str, Any], name: bytes) -> bytes:

@@ -7,12 +7,15 @@ of an answer nobody else is. All of it happens within the time that the first up
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
+from typing import NamedTuple
 
 from gateway.asgi import RawHeaders, header
 from gateway.balance import Rotation, Weighed, by_affinity, least_busy
@@ -21,12 +24,13 @@ from gateway.context import UNSAID, room
 from gateway.credentials import Secrets
 from gateway.errors import BadRequest, Invalid, UpstreamFailed, UpstreamsBusy
 from gateway.health import Budget
+from gateway.hops import Way
 from gateway.language import Cause, PoolPolicy, TlsPolicy, UpstreamPolicy
 from gateway.marks import Mark, marks_of
 from gateway.metrics import Counters
 from gateway.normalize import InferenceRequest, fitted, instead
 from gateway.reading import Reloads
-from gateway.snapshot import Snapshot
+from gateway.snapshot import Model, Snapshot
 from gateway.upstream import Answer, Upstream, cause_of
 from gateway.wire import Wire, trusting
 
@@ -88,19 +92,42 @@ class Pool:
         return self.policy.fallback is not None or 2 * (1 + sum(u.health.out for u in there)) <= len(there)
 
 
+class Attempt(NamedTuple):
+    """An attempt of which nothing was passed on to the caller."""
+
+    span: bytes  # what its backend was told, in hex digits
+    upstream: Upstream
+    model: Model
+    ended: float  # in time.monotonic(); it began when the one before ended, or when the request was admitted
+    outcome: str  # the code of its failure, or the status that was answered; cancelled: the caller left
+
+
 class Opening:
-    """A request to the pool of its model: entered, it is an answer; left, the answer is closed."""
+    """A request to the pool of its model: entered, it is an answer; left, the answer is closed.
 
-    __slots__ = ("_answer", "_attempts", "_headers", "_is_final", "_policies", "_request", "_since", "_team", "_way")
+    `tried` are the attempts before that answer, or all of them where there is none.
+    """
 
-    def __init__(
-        self, policies: Policies, request: InferenceRequest, team: str, headers: RawHeaders, way: RawHeaders
-    ) -> None:
+    __slots__ = (
+        "_answer",
+        "_attempts",
+        "_headers",
+        "_is_final",
+        "_policies",
+        "_request",
+        "_since",
+        "_team",
+        "_way",
+        "tried",
+    )
+
+    def __init__(self, policies: Policies, request: InferenceRequest, team: str, headers: RawHeaders, way: Way) -> None:
         self._policies = policies
         self._request = request
         self._team = team
         self._headers = headers
         self._way = way
+        self.tried: list[Attempt] = []
         self._attempts = 0
         self._is_final = False  # policy forbids to send it once more, wherever to
 
@@ -165,6 +192,7 @@ class Opening:
         if not left:
             return answer
         await answer.leave()
+        self._in_vain(answer.upstream, request, str(answer.status))
         smaller = await asyncio.to_thread(fitted, request, None if left == UNSAID else left)
         return await self._ask_once(pool, smaller, is_last)
 
@@ -178,22 +206,32 @@ class Opening:
             self._attempts += 1
             answer: Answer | None = None
             try:
-                answer = await upstream.ask(request, self._headers, self._way, self._since)
+                answer = await upstream.ask(request, self._headers, self._way.headers, self._since)
                 cause: Cause | int | None = answer.status
             except UpstreamFailed as failed:
                 failure, cause = failed, cause_of(failed)
+                self._in_vain(upstream, request, failed.code or failed.type)
+            except BaseException:
+                self._in_vain(upstream, request, "cancelled")
+                raise
             may = cause in pool.policy.retries.on and self._in_time(request) and not _is_underway(request)
             here = may and pool.may_ask_another(self._now(), tried, cause)
             if answer is not None:
                 if not may or (is_last and not here):
                     return answer
                 await answer.leave()
+                self._in_vain(upstream, request, str(answer.status))
                 failure = UpstreamFailed(f"the upstream answered {answer.status}")
             if not here:
                 never = failure.code in _OVERDUE or _is_underway(request)
                 self._is_final = never or (cause is not None and not may)
                 raise failure
         raise pool.away(self._now())
+
+    def _in_vain(self, upstream: Upstream, request: InferenceRequest, outcome: str) -> None:
+        """Note an attempt. To the next backend the next one is another span."""
+        self.tried.append(Attempt(self._way.span, upstream, request.model, time.monotonic(), outcome))
+        self._way.again(os.urandom(8))
 
     def _session(self, request: InferenceRequest) -> bytes:
         """Who shares it meets the same upstream. The team is part of it: no team sees where another one is served."""
@@ -289,7 +327,7 @@ class Policies:
     pools: Pools
     secrets: Secrets = field(default_factory=dict, repr=False, compare=False)
 
-    def open(self, request: InferenceRequest, team: str, headers: RawHeaders, way: RawHeaders) -> Opening:
+    def open(self, request: InferenceRequest, team: str, headers: RawHeaders, way: Way) -> Opening:
         """The answer to a request, to be entered. Entering raises UpstreamFailed and its kin."""
         return Opening(self, request, team, headers, way)
 

@@ -28,7 +28,7 @@ from gateway.asgi import (
 from gateway.endpoints import Endpoint
 from gateway.errors import BadRequest, ClientGone, Dialect, GatewayError, InternalError, ShuttingDown, UpstreamFailed
 from gateway.exchange import Exchange
-from gateway.hops import Way
+from gateway.hops import Samples, Way
 from gateway.keys import KeyRing
 from gateway.learned import Learned
 from gateway.normalize import InferenceRequest, bounded, normalize, of_form, of_route
@@ -56,14 +56,16 @@ class Proxy:
         admission: Admission,
         observe: Callable[[Exchange, Scope], None],
         name: bytes,
+        samples: Samples | None = None,
     ) -> None:
-        """`name` is what this gateway is called in Via."""
+        """`name` is what this gateway is called in Via; `samples` says which traces are recorded, None: no one asks."""
         self._live = live
         self._keys = keys
         self._admission = admission
         self._observe = observe
         self._learned = Learned()
         self._name = name
+        self._samples = samples
         self._under_way: set[asyncio.Task[None]] = set()
         self._ending = False
 
@@ -109,7 +111,7 @@ class Proxy:
         x.timed = snapshot.gateway.perf_headers
 
         x.principal = self._keys.identify(scope["headers"])  # 401
-        x.way = Way(scope, self._name, x.called, os.urandom(16))  # 505, 508
+        x.way = Way(scope, self._name, x.called, os.urandom(16), self._samples)  # 505, 508
         x.request = await understood(x, to, scope, receive, snapshot)  # 400, 404, 413, 422
         users, at = self._keys.stored_user, x.received_ms / 1000
         x.terms = terms_for(x.principal, x.request, snapshot, self._learned, users, at)  # 400, 403
@@ -117,8 +119,8 @@ class Proxy:
             x.request = await beside(x.body or 0, bounded, x.request)
 
         async with self._admission.admit(x) as x.lease:  # 429, 503: one trip in, one trip out
-            opening = policies.open(x.request, x.principal.team, scope["headers"], x.way.headers)
-            async with until_hang_up(x.after(receive)), commented(opening, x, send) as x.answer:  # 502-4
+            x.opening = policies.open(x.request, x.principal.team, scope["headers"], x.way)
+            async with until_hang_up(x.after(receive)), commented(x.opening, x, send) as x.answer:  # 502-4
                 held = await relay(x, scope, send)  # all but the last piece
         x.started = True
         for message in held:  # after settling

@@ -18,16 +18,22 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from io import UnsupportedOperation
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 import structlog
 
+from gateway import __version__
 from gateway.admission import Lease
 from gateway.asgi import Cut, Scope, header
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange
 from gateway.lines import Lines
+from gateway.otel import Tracing
+from gateway.settings import SettingsError
+
+if TYPE_CHECKING:
+    from gateway.traces import Traces
 
 # Before a key may stand the end of an escape: JSON's \n, or the m of a colour.
 _SECRETS = re.compile(
@@ -111,14 +117,34 @@ def finish() -> bool:
     return _lines is None or _lines.drain(_PATIENCE)
 
 
-def observer() -> Callable[[Exchange, Scope], None]:
+def observer(traces: Traces | None = None) -> Callable[[Exchange, Scope], None]:
     """What is told of every exchange at its end. Made after set_up: a logger that is bound once is bound for good."""
     log = structlog.get_logger("gateway.access").bind()
 
     def observe(x: Exchange, scope: Scope) -> None:
         log.info("http_access", **access_fields(x, scope))
+        if traces is not None:
+            traces.record(x, scope)
 
     return observe
+
+
+def traces(environment: Mapping[str, str]) -> Traces | None:
+    """What records traces, where OpenTelemetry's variables ask for them. Its library is imported only then.
+
+    To be called in an event loop. Raises SettingsError.
+    """
+    tracing = Tracing.read(environment, __version__)
+    if tracing is None:
+        return None
+    try:
+        from gateway.traces import Traces
+    except ImportError as error:
+        raise SettingsError(
+            "traces are asked for (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT), and opentelemetry-proto is not "
+            "installed: install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER=none"
+        ) from error
+    return Traces(tracing)
 
 
 def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:

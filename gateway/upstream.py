@@ -322,6 +322,11 @@ class Answer:
         """Whether all of it is here already, as a short JSON answer is; then there is no piece but the last."""
         return self._whole or self._stream.received
 
+    @property
+    def connected(self) -> float:
+        """When its connection was made, in time.monotonic(); 0.0 where it was there before."""
+        return self._stream.connected
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         """The body, piece by piece, but for the last one: that is sent when the usage is settled."""
         if self._ahead:

@@ -22,6 +22,7 @@ import asyncio
 import os
 import re
 import ssl
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from functools import cache, partial
@@ -67,6 +68,8 @@ Pour = Callable[[bytes], bool]
 
 class Stream(Protocol):
     """The body of an answer, piece by piece as it arrives; who iterates gets UpstreamFailed where it does not end."""
+
+    connected: float  # when its connection stood, in time.monotonic(); 0.0 where that was there before, or is not known
 
     @property
     def received(self) -> bool:
@@ -138,7 +141,12 @@ class Wire(httpx.AsyncBaseTransport):
         question = _Question(request)
         if asyncio.get_running_loop().time() >= question.answer_by:  # other attempts took all the time
             raise failure_of("upstream_first_byte_timeout")
-        answer = await self._ask_again(question) or await (await self._connect(question)).ask(question)
+        answer = await self._ask_again(question)
+        if answer is None:
+            connection = await self._connect(question)
+            connected = time.monotonic()
+            answer = await connection.ask(question)
+            answer.connected = connected
         return httpx.Response(answer.status, headers=answer.headers, stream=answer)
 
     async def _ask_again(self, question: _Question) -> Reply | None:
@@ -244,6 +252,8 @@ class Reply(httpx.AsyncByteStream):
     Iterating raises UpstreamFailed or UpstreamTimeout if the upstream does not finish; an end is a true end. `aclose`
     gives the connection back if the answer was received whole, and otherwise closes it at once.
     """
+
+    connected = 0.0  # of the class: a connection that is used again costs nothing here
 
     def __init__(self, connection: _Connection, method: str) -> None:
         self.status = 0  # until the head is complete

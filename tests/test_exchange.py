@@ -330,6 +330,14 @@ def test_an_exchange_knows_who_ended_it(error: BaseException | None, ended: str)
     assert x.error is (error if isinstance(error, GatewayError) else None)
 
 
+def test_an_exchange_ended_when_that_was_said_first() -> None:
+    x = exchange()
+    x.end(None)
+    ended_at = x.ended_at
+    x.end(RuntimeError("x"))
+    assert 0 < ended_at == x.ended_at
+
+
 @pytest.mark.parametrize(
     ("steps", "status", "ended"),
     [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import LoopDetected, VersionNotSupported
-from gateway.hops import Way, carried, pseudonym, travelling
+from gateway.hops import Way, carried, parent_of, pseudonym, travelling
 
 NAME = b"gw-0123456789ab"
 SPAN = bytes(range(16))
@@ -126,6 +126,38 @@ def test_what_is_no_trace_begins_a_new_one_without_its_state(parent: bytes) -> N
 def test_two_parents_are_none() -> None:
     parent = (b"traceparent", b"00-%b-%b-01" % (TRACE, PARENT))
     assert way(parent, parent)[b"traceparent"].split(b"-")[1] == SPAN.hex().encode()
+
+
+@pytest.mark.parametrize(
+    ("flags", "samples", "expected"),
+    [(b"01", False, b"00"), (b"00", True, b"01"), (b"03", False, b"02"), (b"fe", True, b"03"), (None, True, b"01")],
+)
+def test_who_samples_says_so_and_leaves_whether_the_id_is_random(
+    flags: bytes | None, samples: bool, expected: bytes
+) -> None:
+    asked = []
+    headers = [] if flags is None else [(b"traceparent", b"00-%b-%b-%b" % (TRACE, PARENT, flags))]
+    scope = {"http_version": "1.1", "scheme": "http", "client": None, "headers": headers}
+    found = Way(scope, NAME, b"r1", SPAN, lambda trace, parent: asked.append((trace, parent)) or samples)  # type: ignore[func-returns-value]
+    assert asked == [(SPAN.hex().encode(), None) if flags is None else (TRACE, bool(int(flags, 16) & 1))]
+    assert (dict(found.headers)[b"traceparent"][-2:], found.sampled) == (expected, samples)
+
+
+def test_each_time_it_goes_out_as_another_span_of_the_same_trace() -> None:
+    scope: dict[str, Any] = {"http_version": "1.1", "scheme": "http", "client": None, "headers": []}
+    found = Way(scope, NAME, b"r1", SPAN)
+    before = found.headers
+    found.again(b"\xff" * 8)
+    assert found.span == b"f" * 16
+    assert dict(before)[b"traceparent"] == b"00-%b-0001020304050607-00" % SPAN.hex().encode()
+    assert dict(found.headers)[b"traceparent"] == b"00-%b-ffffffffffffffff-00" % SPAN.hex().encode()
+    assert dict(before) | dict(found.headers) == dict(found.headers)
+
+
+def test_a_callers_span_is_found_where_his_request_names_one() -> None:
+    named = (b"traceparent", b"00-%b-%b-01" % (TRACE, PARENT))
+    assert parent_of([named]) == (TRACE, PARENT, b"01")
+    assert parent_of([]) is parent_of([named, named]) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"via", b"traceparent", b"tracestate"]), st.binary(max_size=80))))

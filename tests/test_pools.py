@@ -18,6 +18,7 @@ import yaml
 from gateway.asgi import RawHeaders
 from gateway.endpoints import ENDPOINTS
 from gateway.errors import UpstreamFailed, UpstreamsBusy
+from gateway.hops import Way
 from gateway.normalize import normalize
 from gateway.policy import load
 from gateway.pools import Opening, Policies, Pools
@@ -68,7 +69,8 @@ class Asked:
         body = json.dumps({"model": MODEL, "prompt": "The sky is", **members}).encode()
         request = normalize(ENDPOINTS["completions"], body, self.policies.snapshot)
         given: RawHeaders = list(headers)
-        return self.policies.open(request, team, given, [(b"x-request-id", b"r1")])
+        way = Way({"http_version": "1.1", "scheme": "http", "headers": []}, b"gw-0", b"r1", bytes(range(16)))
+        return self.policies.open(request, team, given, way)
 
     async def answer(
         self, *headers: tuple[bytes, bytes], team: str = "research", **members: Any

@@ -44,7 +44,7 @@ def _stages() -> list[list[Step]]:
 
 BUILD, FINAL = _stages()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-LOCK = dict(re.findall(r"^([\w-]+)==([^ ]+)", (ROOT / "requirements.lock").read_text("utf-8"), re.MULTILINE))
+LOCK = dict(re.findall(r"^([\w-]+)==([^ ]+)", (ROOT / "requirements-image.lock").read_text("utf-8"), re.MULTILINE))
 
 
 def _one(stage: list[Step], word: str) -> str:
@@ -69,7 +69,7 @@ def test_both_stages_are_slim_and_of_the_python_that_the_lock_is_for() -> None:
 def test_everything_that_is_installed_is_locked_by_its_hash() -> None:
     installs = [part for step in BUILD if step.word == "RUN" for part in step.rest.split("&&") if "pip install" in part]
     assert [part.strip() for part in installs] == [
-        "pip install --require-hashes -r requirements.lock",
+        "pip install --require-hashes -r requirements-image.lock",
         "pip install --no-deps --no-build-isolation .",
     ]
     assert not [
@@ -96,7 +96,7 @@ def test_what_is_copied_is_there_and_is_not_ignored() -> None:
 
 
 def test_what_is_copied_is_enough_to_build_the_package(tmp_path: Path) -> None:
-    pytest.importorskip("hatchling", reason="no hatchling here (requirements.lock)")
+    pytest.importorskip("hatchling", reason="no hatchling here (requirements-image.lock)")
     for source in _copied(BUILD):
         found = ROOT / source
         if found.is_dir():
