@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.helm.rendered import CHART, case, of_kind, one, render
+from tests.proving.commands import ROOT
 
 ALERTS = yaml.safe_load((CHART / "alerts.yaml").read_text("utf-8"))
 DASHBOARD = json.loads((CHART / "dashboards" / "gateway.json").read_text("utf-8"))
@@ -51,6 +52,17 @@ METRICS: dict[str, set[str]] = {
     "gateway_worker_restarts_total": set(),
     "gateway_build_info": {"version"},
 }
+
+
+def test_the_figures_named_here_are_those_of_the_gateway() -> None:
+    """The README's table is compared with what workers tell (test_meters.py); the control plane's own are in its file."""
+    told = (ROOT / "README.md").read_text("utf-8").partition("### Figures")[2].partition("What is in the store")[0]
+    workers = set(re.findall(r"`(gateway_\w+)`", told))
+    own = set(re.findall(r'"(gateway_\w+)"', (ROOT / "gateway" / "figures.py").read_text("utf-8")))
+    named = {name.removesuffix("_total") for name in METRICS}
+    assert named == {name.removesuffix("_total") for name in workers | own}
+
+
 HISTOGRAMS = {
     "gateway_http_request_duration_seconds",
     "gateway_time_to_first_byte_seconds",
