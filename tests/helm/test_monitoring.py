@@ -55,7 +55,7 @@ METRICS: dict[str, set[str]] = {
 
 
 def test_the_figures_named_here_are_those_of_the_gateway() -> None:
-    """The README's table is compared with what workers tell (test_meters.py); the control plane's own are in its file."""
+    """The README's table is compared with what workers tell (test_meters.py), and the control plane's own are its."""
     told = (ROOT / "README.md").read_text("utf-8").partition("### Figures")[2].partition("What is in the store")[0]
     workers = set(re.findall(r"`(gateway_\w+)`", told))
     own = set(re.findall(r'"(gateway_\w+)"', (ROOT / "gateway" / "figures.py").read_text("utf-8")))
