@@ -35,6 +35,7 @@ from gateway.usage import Usage
 # How long a given-up id is remembered: what is still on its way arrives far sooner, and whoever sends again does so
 # while it is alive. And a settled one, of which there are many: who sends later than that looks into the ledger first.
 _MARK, _SETTLED = 3600.0, 120.0
+_LONG_AGO = 0.0  # of what a dead worker has left: nobody knows when
 _LOOK_AFTER = 90.0
 _SKEW = 600.0  # seconds by which a gateway's clock may differ from the store's
 _BATCH, _ROUND, _PAGE = 64, 2048, 100  # a page arrives within the deadline of a store that is busy
@@ -55,17 +56,17 @@ Reached = Callable[[str, Charge, int, int, int], None]
 
 
 class _Kept:
-    """An end that the store has not acknowledged. `sent` (seconds since 1970, 0: never) is when it was last on its way,
-    so that it may have been settled; `numbers` are its records in the spool; `corrects` is the end that is settled when
+    """An end that the store has not acknowledged. `since` (seconds since 1970, None: not yet) is from when on it may
+    have been settled, by whomever; `numbers` are its records in the spool; `corrects` is the end that is settled when
     this one is."""
 
-    __slots__ = ("corrects", "end", "numbers", "orphan", "sent")
+    __slots__ = ("corrects", "end", "numbers", "orphan", "since")
 
-    def __init__(self, end: End, orphan: _Orphaned | None = None) -> None:
+    def __init__(self, end: End, orphan: _Orphaned | None = None, since: float | None = None) -> None:
         self.corrects: _Kept | None = None
         self.end = end
         self.orphan = orphan
-        self.sent = 0.0
+        self.since = since
         self.numbers: list[int] = []
 
 
@@ -89,7 +90,7 @@ class Settlements:
         self._late: dict[str, None] = {}  # of these, whom the store did not answer; the next one first
         self._notes: dict[str, list[int]] = {}  # of requests under way that are noted in the spool
         self._orphans: dict[str, _Orphaned] = {}  # that are adopted, and those of which a file is kept
-        self._settled: deque[tuple[float, End]] = deque()  # in the last seconds, with when that was
+        self._settled: deque[tuple[float, _Kept]] = deque()  # in the last seconds, with when that was
         self._doubts: list[_Kept] = []  # that the store may have forgotten, and that are not noted yet
         self._losses = store.losses
 
@@ -127,14 +128,14 @@ class Settlements:
         kept = self._pending.get(end.id)
         if kept is None:
             kept = self._pending[end.id] = _Kept(end)
-        kept.sent = time.time()
+        _may_be_settled(kept)
         answer: asyncio.Future[list[Any]] = self._settle(end.item if again else end.short)
         answer.add_done_callback(partial(self._answered, kept, again))
         return answer
 
     def later(self, end: End) -> None:
         """Settle when the store is back. Meanwhile somebody who sees the store may settle it as a dead worker's."""
-        self._pending.setdefault(end.id, _Kept(end)).sent = time.time()
+        _may_be_settled(self._pending.setdefault(end.id, _Kept(end)))
         self._late[end.id] = None
 
     async def keep(self, request_id: str) -> None:
@@ -193,7 +194,7 @@ class Settlements:
         if end.row:
             self._doubt()  # before anything is forgotten here that the store may have forgotten
             now = time.monotonic()
-            self._settled.append((now, end))
+            self._settled.append((now, kept))
             while now - self._settled[0][0] > FORGETS:
                 self._settled.popleft()
 
@@ -277,11 +278,11 @@ class Settlements:
             return
         self._losses = self._store.losses
         since = self._store.lost - FORGETS
-        wall = time.time() - time.monotonic()
-        for at, end in self._settled:
+        for at, before in self._settled:
+            end = before.end
             if at >= since and end.id not in self._pending:
-                kept = self._pending[end.id] = _Kept(end)
-                kept.sent = wall + at
+                # It may be settled for longer than it is acknowledged: its mark may be gone by now.
+                kept = self._pending[end.id] = _Kept(end, since=before.since)
                 self._late[end.id] = None
                 self._doubts.append(kept)
         self._settled.clear()
@@ -340,8 +341,7 @@ class Settlements:
             _log.warning("spool_adopted", spool=orphan.name, requests=len(ends))
             self._orphans[orphan.name] = orphaned = _Orphaned(orphan, len(ends))
             for end in ends:
-                kept = self._pending[end.id] = _Kept(end, orphaned)
-                kept.sent = time.time()  # as far as is known
+                self._pending[end.id] = _Kept(end, orphaned, since=_LONG_AGO)
                 self._late[end.id] = None
             if not ends:
                 self._release(orphaned)
@@ -396,10 +396,15 @@ def _adopted(folder: Path, known: Container[str]) -> list[tuple[Orphan, list[End
     return found
 
 
+def _may_be_settled(kept: _Kept) -> None:
+    """From now on; sending it again changes nothing of that."""
+    if kept.since is None:
+        kept.since = time.time()
+
+
 def _stale(kept: _Kept) -> bool:
     """Whether it may have been settled so long ago that its mark is gone."""
-    doubtful = kept.orphan is not None or (kept.sent > 0 and time.time() - kept.sent > _LOOK_AFTER)
-    return doubtful and bool(kept.end.row)
+    return bool(kept.end.row) and kept.since is not None and time.time() - kept.since > _LOOK_AFTER
 
 
 def _usage(row: UsageRecord) -> Usage:

@@ -468,6 +468,36 @@ async def test_what_the_store_acknowledged_just_before_it_was_lost_is_told_again
     assert stands(store) == {name: 3 * amount for name, amount in uses(LATE).items()}
 
 
+async def test_what_an_heir_found_in_the_ledger_is_not_settled_anew_when_the_store_is_lost_right_then(
+    either_store_url: str, store: redis.Redis, folder: Path
+) -> None:
+    """What was acknowledged a moment ago may have been settled long before: its mark is gone."""
+    async with without_store(either_store_url, folder) as dead:
+        request = await serve(dead, asked())
+        copy = copied(folder)
+    async with gateways(either_store_url, folder=folder) as (heir,):
+        await heir.settlements.adopt(folder)
+        await until(lambda: heir.idle)
+    store.delete(reservation_key("acme", request.id))
+    async with on_line(either_store_url, copy) as (line, second):
+        await second.settlements.adopt(copy)
+        await until(lambda: second.idle)
+        await lose(line, second)
+    assert [row.id for row in books(store)] == [request.id]
+    assert stands(store) == uses(LATE)
+
+
+async def test_to_send_again_does_not_make_younger(either_store_url: str, folder: Path) -> None:
+    """It may have been settled the first time: how long a mark may be there counts from then."""
+    async with without_store(either_store_url, folder) as away:
+        request = await serve(away, asked())
+        kept = away.settlements._pending[request.id]
+        first = kept.since
+        assert first is not None
+        await asyncio.wait((away.settlements.send(kept.end, again=True),))
+        assert kept.since == first
+
+
 async def test_so_is_what_was_adopted(either_store_url: str, store: redis.Redis, folder: Path) -> None:
     """Nobody else would tell it: its file is gone."""
     async with without_store(either_store_url, folder) as dead:
