@@ -37,7 +37,7 @@ from gateway.errors import (
 )
 from gateway.figures import exposition
 from gateway.operations import Handler, Operations, Workers
-from gateway.pipes import Asked, Crew, Line, Told
+from gateway.pipes import Asked, Crew, Leave, Line, Told
 from gateway.settings import Settings, admin_key, pepper
 from gateway.store import Store, StoreError, leaving
 from gateway.sums import roll_up
@@ -149,8 +149,10 @@ class Supervised:
             await asyncio.gather(hearing, telling, return_exceptions=True)
 
     async def _hear(self, server: uvicorn.Server) -> None:
-        async for crew in self._line.heard(Crew):
-            self.crew = crew
+        async for told in self._line.heard(Crew | Leave):
+            if isinstance(told, Leave):
+                break
+            self.crew = told
         server.should_exit = True
 
     async def _tell(self, server: uvicorn.Server) -> None:

@@ -35,7 +35,11 @@ class Worker(msgspec.Struct, frozen=True):
     failing: bool  # whether it dies again and again
 
 
-class Crew(msgspec.Struct, frozen=True):
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """What a supervisor tells a process: to end, as SIGTERM does; said twice, at once."""
+
+
+class Crew(msgspec.Struct, frozen=True, tag=True):
     """All workers, and whether everything is about to end."""
 
     workers: tuple[Worker, ...] = ()

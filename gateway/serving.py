@@ -97,6 +97,10 @@ class Server(uvicorn.Server):
         self.servers = []
 
     @property
+    def leaving(self) -> bool:
+        return self._signals > 0
+
+    @property
     def _hurried(self) -> bool:
         return self._signals > 1
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import structlog
 
-from gateway.pipes import Asked, Crew, Line, Told, Worker
+from gateway.pipes import Asked, Crew, Leave, Line, Told, Worker
 from gateway.store import StoreError
 
 _FIRST, _MOST = 0.1, 30.0  # seconds until what died is started again: at first, and at most
@@ -55,6 +55,10 @@ class Process:
         if not self.dead.is_set():
             with suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+    def leave(self) -> None:
+        """Have it end, as SIGTERM does; unlike a signal, a word is not lost on who is only starting."""
+        self.line.say(Leave())
 
 
 class Place:
@@ -144,8 +148,13 @@ class Supervisor:
 
     # — processes
 
-    async def _start(self, place: Place) -> Process:
-        """Start a process in a place; the one that was there is not its process any more."""
+    async def _start(self, place: Place) -> None:
+        place.process = await self._launch(place)
+        if self._leaving:
+            place.process.leave()
+
+    async def _launch(self, place: Place) -> Process:
+        """A new process for a place, which is not there yet."""
         ours, theirs = socket.socketpair()
         fds = self._listeners[place.kind].fileno(), theirs.fileno()
         with theirs:
@@ -156,7 +165,7 @@ class Supervisor:
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C on the terminal is for the supervisor
             )
-        process = place.process = Process(place, child, await Line(ours).open())
+        process = Process(place, child, await Line(ours).open())
         self._processes.add(process)
         self._spawn(self._hear(process))
         self._spawn(self._watch(process))
@@ -200,10 +209,11 @@ class Supervisor:
     # — what is asked
 
     def _tell(self) -> None:
-        """Tell the control plane how the workers stand."""
+        """Tell the control plane how the workers stand; while it is replaced there are two."""
         crew = Crew(tuple(place.shown() for place in self._workers), bool(self._leaving))
-        if self._control.process is not None and not self._control.process.dead.is_set():
-            self._control.process.line.say(crew)
+        for process in self._processes:
+            if process.place is self._control:
+                process.line.say(crew)
 
     def _reload(self) -> None:
         for place in self._workers:
@@ -220,14 +230,16 @@ class Supervisor:
             for place in (*self._workers, self._control):
                 before = place.process
                 assert before is not None
-                process = await self._start(place)
+                process = await self._launch(place)
                 await _first(process.ready, process.dead, _READY)
-                if not process.ready.is_set():
-                    place.process = before
+                if not process.ready.is_set() or process.dead.is_set():
                     process.signal(signal.SIGKILL)
                     _log.error("not_replaced", process=place.name, reason="the new one did not get ready")
                     return
-                before.signal(signal.SIGTERM)
+                place.process = process
+                before.leave()
+                if self._leaving:
+                    process.leave()
                 _log.info("replaced", process=place.name, pid=process.process.pid)
         finally:
             self._rolling = False
@@ -239,7 +251,7 @@ class Supervisor:
         self._leaving += 1
         for process in self._processes:
             if process.place is not self._control:
-                process.signal(signal.SIGTERM)
+                process.leave()
         self._tell()
         if self._leaving == 1:
             # What comes after the workers have stopped to accept is refused, and does not wait for nobody.
@@ -253,7 +265,7 @@ class Supervisor:
             self._leave()
         await self._gone([one for one in self._processes if one.place is not self._control], self._delay + self._drain)
         for process in self._processes:
-            process.signal(signal.SIGTERM)
+            process.leave()
         await self._gone(list(self._processes), 0)
         for task in self._tasks:
             task.cancel()

@@ -11,7 +11,7 @@ import structlog
 
 from gateway import reload
 from gateway.app import Gateway, opened
-from gateway.pipes import Line, State, Told
+from gateway.pipes import Leave, Line, State, Told
 from gateway.server import config
 from gateway.serving import Server
 from gateway.settings import Settings
@@ -89,8 +89,9 @@ def _state(gateway: Gateway, server: Server) -> State:
 
 
 async def _until(line: Line, server: Server) -> None:
-    """Leave when the supervisor is gone; it says nothing else."""
-    async for _ in line.heard(dict):
-        pass
-    _log.warning("supervisor_gone")
-    server.handle_exit(signal.SIGTERM, None)
+    """Leave when the supervisor says so, and when it is gone."""
+    async for _ in line.heard(Leave):
+        server.handle_exit(signal.SIGTERM, None)
+    if not server.leaving:
+        _log.warning("supervisor_gone")
+        server.handle_exit(signal.SIGTERM, None)
