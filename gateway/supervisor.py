@@ -113,20 +113,26 @@ class Supervisor:
         self._end = asyncio.Event()
         self._code = 0
         self._rolling = False
+        self._signals = {
+            signal.SIGTERM: self._leave,
+            signal.SIGINT: self._leave,
+            signal.SIGHUP: self._reload,
+            signal.SIGUSR2: self._roll,
+        }
 
     async def run(self, started: Callable[[str], Awaitable[None]]) -> int:
         """Until a signal ends it, or until a first worker cannot serve; the exit code. `started` is called when all
         serve for the first time, with the revision of their policies."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._leave)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR2, self._roll)
+        for number, handle in self._signals.items():
+            loop.add_signal_handler(number, handle)
         await asyncio.gather(*(self._start(place) for place in (self._control, *self._workers)))
         self._spawn(self._begin(started))
         self._spawn(self._look_after_store())
         await self._end.wait()
         await self._finish()
+        for number in self._signals:
+            loop.remove_signal_handler(number)
         return self._code
 
     async def _begin(self, started: Callable[[str], Awaitable[None]]) -> None:
