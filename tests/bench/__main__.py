@@ -200,7 +200,7 @@ def serve(stack: ExitStack, folder: Path, documents: dict[str, Any]) -> Served:
         made = subprocess.run(create, capture_output=True, check=True, cwd=ROOT)
         keys[team] = json.loads(made.stdout)["key"]
     port = free_port()
-    environment = {**os.environ, "GATEWAY_STORE_DEADLINE": "1", "GATEWAY_LOG": "json"}
+    environment = {**os.environ, "GATEWAY_STORE_DEADLINE": "1", "GATEWAY_LOG": "json", "GATEWAY_WORKERS": "0"}
     process = start(stack, [*command, "serve", "--port", str(port), *words], MEASURED, env=environment)
     listening(port)
     with redis.Redis(unix_socket_path=str(folder / "state" / "valkey.sock")) as client:
