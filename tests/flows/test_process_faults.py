@@ -10,8 +10,9 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import httpx
 import pytest
 import yaml
 
-from gateway.ledger import rows
+from gateway.ledger import reconcile, rows
 from gateway.store import Store
 from tests.proving import house
 from tests.proving.backend import (
@@ -164,6 +165,31 @@ async def town(store_url: str, *steps: Any, workers: int = 2, **environment: str
             writer.transport.abort()
         gateway.process.send_signal(signal.SIGTERM)
         await until(lambda: gateway.process.poll() is not None)
+
+
+@asynccontextmanager
+async def two_gateways(store_url: str, *others: Mapping[str, Any], **environment: str) -> AsyncIterator[list[Town]]:
+    """Gateways of one process each on one store, one for each of these policies beside the usual ones; the last has the
+    environment."""
+    async with AsyncExitStack() as stack:
+        backend = await stack.enter_async_context(Backend(forever(completion(2))))
+        key = (await _keys(store_url, [TEAM]))[TEAM]
+        store = Store(store_url, deadline=5)
+        stack.push_async_callback(store.aclose)
+        towns = []
+        for number, other in enumerate(others):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gw-")))
+            limits = [{"name": "few", "count": "requests", "quota": "10/day", "per": ["team"]}]
+            plans = {"free": {"limits": limits}}
+            documents = {**house.documents([backend.url], plans=plans), **other}
+            (folder / "policies").mkdir()
+            (folder / "policies" / "all.yaml").write_text(yaml.safe_dump(documents, sort_keys=False))
+            gateway = Worker(number, folder, store_url, **(environment if number == len(others) - 1 else {}))
+            stack.callback(gateway.end)
+            towns.append(Town(gateway, "", key, store))
+        for town in towns:
+            await town.gateway.serving()
+        yield towns
 
 
 def alive(pids: Sequence[int]) -> list[int]:
@@ -422,3 +448,36 @@ async def test_g15_rolling_restarts_under_load_fail_no_request(store_url: str) -
         assert done > 10 * ROLLS
         await until(lambda: len(of.children()) == 2)
         assert not set(first) & set(of.children())
+
+
+# — G18, G19: gateways that differ
+
+
+async def served_together(towns: list[Town]) -> None:
+    """The day's ten requests are ten, whoever is asked, and each has one row."""
+    answers = [await towns[number % len(towns)].ask() for number in range(16)]
+    assert sorted(one.status for one in answers) == [200] * 10 + [429] * 6
+    assert await towns[0].ledger() == [("settled", "complete", 2)] * 10
+    assert (await reconcile(towns[0].store, "acme")).differences == []
+
+
+async def test_g18_gateways_of_other_policies_share_what_they_have_in_common(store_url: str) -> None:
+    """As in a rolling update: the scripts of each go by their own hash, and the counts by the limit's name."""
+    more = {"models": {**house.DOCUMENTS["models"], "another": {"pool": "demo"}}}
+    async with two_gateways(store_url, {}, more) as towns:
+        one, other = (town.gateway.lines("serving")[0]["revision"] for town in towns)
+        assert one != other
+        await served_together(towns)
+
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="no libfaketime on this machine (Debian: apt-get install faketime)")
+@pytest.mark.parametrize("skew", ["+10s", "-10s"])
+async def test_g19_a_gateway_whose_clock_is_off_by_ten_seconds_changes_nothing(store_url: str, skew: str) -> None:
+    faked = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": skew, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    async with two_gateways(store_url, {}, {}, **faked) as towns:
+        right, wrong = (town.gateway.lines("serving")[0]["timestamp"] for town in towns)
+        assert abs((datetime.fromisoformat(wrong) - datetime.fromisoformat(right)).total_seconds()) > 5
+        await served_together(towns)
