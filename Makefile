@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test check format bench bench-limits bench-reports bench-sizing bench-told prove-streams prove-contract prove-ledger prove-limits prove-rollouts docs lock clean
+.PHONY: help run install test check format bench bench-limits bench-reports bench-sizing bench-told prove-streams prove-contract prove-ledger prove-limits prove-rollouts soak docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 
 
 prove-rollouts: $(VENV)/.dev ## twenty rolling restarts under load, and no request that fails
 	ROLLS=20 $(BIN)/python -m pytest tests/flows/test_process_faults.py -k g15 --timeout 900 $(ARGS)
+
+soak: $(VENV)/.dev ## twenty minutes of mixed load: flat memory, no file, seat or reservation left
+	$(BIN)/python -m tests.proving.soak $(ARGS)
 
 docs: $(VENV)/.dev ## write the generated tables of README.md, policies/ and helm/
 	$(BIN)/python -m tests.docs --write

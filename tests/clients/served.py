@@ -172,7 +172,7 @@ def _process(*words: str, stdout: int | None = None) -> Iterator[subprocess.Pope
 def _environment() -> dict[str, str]:
     """Ours, without what would configure another gateway."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    return {**ours, **ENVIRONMENT}
+    return {"GATEWAY_ADMIN_PORT": "0", **ours, **ENVIRONMENT}
 
 
 def _until_ready(client: httpx.Client, url: str, process: subprocess.Popen[bytes]) -> None:

@@ -237,7 +237,8 @@ async def test_the_seats_of_a_killed_worker_are_free_within_sixteen_seconds(tmp_
         policies = limited(backend.url, seat)
         (tmp_path / "all.yaml").write_text(yaml.safe_dump(policies))
         port = _free_port()
-        environment = {**os.environ, "GATEWAY_REDIS_URL": redis7.url, "GATEWAY_KEY_PEPPER": "of the tests"}
+        ours = {"GATEWAY_REDIS_URL": redis7.url, "GATEWAY_KEY_PEPPER": "of the tests", "GATEWAY_WORKERS": "0"}
+        environment = {**os.environ, **ours}
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--policies", str(tmp_path)]
         worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path)  # noqa: ASYNC220 - it is to be killed
         try:
