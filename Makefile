@@ -41,7 +41,8 @@ prove-streams: $(VENV)/.dev ## 10,000 random streams byte for byte, 10,000 cut o
 prove-contract: $(VENV)/.dev ## the whole API by schemathesis: 500 examples of each operation, good and bad
 	CONTRACT_EXAMPLES=500 $(BIN)/python -m pytest tests/test_openapi.py -k reaches --timeout 3600 $(ARGS)
 
-prove-ledger: $(VENV)/.dev ## kill -9 of workers, Valkey and exporters under load: 100 kills, 10,000 requests, every token written down once
+prove-ledger: $(VENV)/.dev ## kill -9 of workers, supervisors, Valkey and exporters under load: 100 kills, 10,000 requests, every token written down once
+	$(BIN)/python -m tests.proving.ledger --requests 2000 --kills 20 --supervised
 	$(BIN)/python -m tests.proving.ledger --requests 10000 --kills 100 --appendfsync both $(ARGS)
 
 bench-told: $(VENV)/.dev ## what figures and log lines cost a request, and a scrape

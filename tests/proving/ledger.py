@@ -53,6 +53,7 @@ from gateway.records import (
 from gateway.store import Store
 from tests.proving.backend import DONE, END, EVENTS, Backend, Peer, chunk, forever, ok
 from tests.proving.stores import until
+from tests.proving.town import children_of
 from tests.proving.workers import PEPPER, ROOT, Worker
 
 Fsync = Literal["everysec", "always"]
@@ -312,11 +313,15 @@ async def _pause(peer: Peer, seconds: float) -> None:
 # — what is killed
 
 
-class Gateway:
-    """One worker process, from its start to its death."""
+SUPERVISED = {"GATEWAY_WORKERS": "1", "GATEWAY_ADMIN_PORT": "0", "GATEWAY_DRAIN": "10"}
 
-    def __init__(self, worker: Worker, number: int) -> None:
+
+class Gateway:
+    """One worker process, from its start to its death; or a supervisor with a worker, where the course says so."""
+
+    def __init__(self, worker: Worker, number: int, supervised: bool = False) -> None:
         self.worker = worker
+        self.supervised = supervised
         self.life = Life(number)
         self.ready = False
         self.paused = False
@@ -335,18 +340,31 @@ class Gateway:
                 await asyncio.sleep(0.1)
         self.ready = True
 
+    def serves(self) -> list[int]:
+        """The process that serves."""
+        return children_of(self.worker.process.pid) if self.supervised else [self.worker.process.pid]
+
     def kill(self) -> None:
+        """Of a supervisor and its worker both, or only the supervisor: then its worker leaves by itself."""
         self.life.killed = time.monotonic()
+        if self.life.number % 2:
+            _signal(self.serves(), signal.SIGKILL)
         self.worker.end()
 
     async def pause(self, seconds: float) -> None:
-        begin, process = time.monotonic(), self.worker.process
+        begin, pids = time.monotonic(), self.serves()
         self.paused = True
-        process.send_signal(signal.SIGSTOP)
+        _signal(pids, signal.SIGSTOP)
         await asyncio.sleep(seconds)
-        process.send_signal(signal.SIGCONT)
+        _signal(pids, signal.SIGCONT)
         self.paused = False
         self.life.pauses.append((begin, time.monotonic()))
+
+
+def _signal(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 class Valkey:
@@ -427,6 +445,7 @@ class Course:
     workers: int = 4
     exporters: int = 2
     fsync: Fsync = "everysec"
+    supervised: bool = False  # whether supervisors are killed, too
 
 
 class Rig:
@@ -448,7 +467,9 @@ class Rig:
         """Start a worker, and another one where it does not serve."""
         for _ in range(_STARTS):
             number = next(self._numbers)
-            one = Gateway(Worker(number, self.folder, self.valkey.url), number)
+            supervised = self.course.supervised
+            environment = SUPERVISED if supervised else {}
+            one = Gateway(Worker(number, self.folder, self.valkey.url, **environment), number, supervised)
             self.gateways.append(one)
             try:
                 return await one.serving()
@@ -1098,10 +1119,14 @@ if __name__ == "__main__":
     options.add_argument("--workers", type=int, default=4)
     options.add_argument("--exporters", type=int, default=2)
     options.add_argument("--seed", type=int, default=None)
+    options.add_argument(
+        "--supervised", action="store_true", help="each worker under a supervisor, which is killed too"
+    )
     options.add_argument("--appendfsync", default="everysec", choices=["everysec", "always", "both"])
     given = options.parse_args()
     seed = random.randrange(10**6) if given.seed is None else given.seed
     modes: list[Fsync] = ["everysec", "always"] if given.appendfsync == "both" else [given.appendfsync]
     spread = given.seconds or 2.5 * given.kills
-    runs = [Course(seed, given.requests, given.kills, spread, given.workers, given.exporters, mode) for mode in modes]
+    whole = seed, given.requests, given.kills, spread, given.workers, given.exporters
+    runs = [Course(*whole, mode, given.supervised) for mode in modes]
     sys.exit(uvloop.run(main(runs)))

@@ -41,16 +41,7 @@ class Town:
 
     def children(self, kind: str = "worker") -> list[int]:
         """The processes of a kind that its supervisor has."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-            except (OSError, IndexError):
-                continue  # it has ended meanwhile
-            if parent == self.supervisor and b"process" in words and kind.encode() in words:
-                found.append(int(folder.name))
-        return sorted(found)
+        return children_of(self.supervisor, kind)
 
     async def opened(self, count: int, **given: Any) -> list[asyncio.StreamReader]:
         """So many streams, each of which has begun."""
@@ -91,6 +82,20 @@ class Town:
         return [
             (one.record.status, one.record.ended, one.record.output_tokens) async for one in rows(self.store, "acme")
         ]
+
+
+def children_of(supervisor: int, kind: str = "worker") -> list[int]:
+    """The processes of a kind that a supervisor has."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue  # it has ended meanwhile
+        if parent == supervisor and b"process" in words and kind.encode() in words:
+            found.append(int(folder.name))
+    return sorted(found)
 
 
 async def _begun(reader: asyncio.StreamReader) -> None:
