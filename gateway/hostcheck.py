@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from gateway.findings import Finding, Verdict, amount, error, graded, judged, ok, warning
+from gateway.pressure import group_memory
 
 _OWN_FILES = 128  # of a worker: code, logs, spools, the listener, and connections to the store
 _FEWEST_FILES = 256
@@ -74,10 +75,8 @@ def _limits(cgroups: Path, proc: Path) -> Iterator[tuple[int, int]]:
     v2 = [line[3:].strip("/") for line in _lines(proc / "self" / "cgroup") if line.startswith("0::")]
     folder = cgroups / v2[0] if v2 else cgroups
     while folder == cgroups or cgroups in folder.parents:
-        limit = "".join(_lines(folder / "memory.max"))
-        if limit.isdecimal():
-            caches = [int(line.split()[1]) for line in _lines(folder / "memory.stat") if "inactive_file" in line[:13]]
-            yield int(limit), int("".join(_lines(folder / "memory.current")) or 0) - sum(caches)
+        if (group := group_memory(folder)) is not None:
+            yield group
         folder = folder.parent
     limit = "".join(_lines(cgroups / "memory" / "memory.limit_in_bytes"))  # version 1
     if limit.isdecimal() and int(limit) < 1 << 60:

@@ -53,19 +53,27 @@ def memory_used(proc: Path = Path("/proc/self"), root: Path = _ROOT) -> float:
     with suppress(OSError, ValueError, IndexError):
         own = (proc / "cgroup").read_text().strip().rpartition("::")[2]
         # In a container its own group is the root.
-        shares += [_group_share(folder) for folder in (root / own.lstrip("/"), root)]
+        found = map(group_memory, (root / own.lstrip("/"), root))
+        shares += [used / limit for limit, used in filter(None, found)]
     return max(shares)
 
 
-def _group_share(folder: Path) -> float:
-    """What a control group (version 2) uses of its limit, without files that the kernel can drop."""
+def group_memory(folder: Path) -> tuple[int, int] | None:
+    """The limit of a control group (version 2) and what it uses, without files that the kernel can drop, in bytes. None
+    where it has none."""
+    limit, used, stat = (_read(folder / f"memory.{name}") for name in ("max", "current", "stat"))
+    if not limit.isdecimal():
+        return None
+    dropped = [int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")]
+    return int(limit), int(used or 0) - sum(dropped)
+
+
+def _read(file: Path) -> str:
+    """What stands in a file of the kernel's; nothing where there is none."""
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 0.0
-    return 0.0 if limit == "max" else (used - int(stat.get("inactive_file", 0))) / int(limit)
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def give_back() -> None:
