@@ -31,6 +31,7 @@ from gateway import sinks
 from gateway.delivery import Rejected, Row, Unavailable
 from gateway.sinks import CloudEvents, JsonLines, sink_of
 from tests.proving.backend import Backend, Peer, Step
+from tests.proving.descriptors import descriptors
 from tests.proving.rows import NOON, record, row
 
 pytestmark = pytest.mark.anyio
@@ -414,14 +415,14 @@ async def test_a_right_that_is_lacking_is_unavailable(tmp_path: Path, monkeypatc
 
 async def test_no_descriptor_is_left_open_by_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with files(tmp_path) as one:
-        before = len(names(Path("/proc/self/fd")))
+        before = descriptors()
         for call in ("write", "fsync"):
             mended = failing(monkeypatch, call, errno.EIO)
             for _ in range(5):
                 with pytest.raises(Unavailable):
                     await one.deliver([row(1)])
             mended()
-        assert len(names(Path("/proc/self/fd"))) == before
+        assert not descriptors() - before
 
 
 async def test_a_delivery_that_is_cancelled_ends_before_the_file_is_closed(

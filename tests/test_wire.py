@@ -23,6 +23,7 @@ from gateway.language import Timeouts
 from gateway.wire import IDLE, Reply, Stream, Wire, _patience, _Question, trusting
 from tests.corpus.responses import CASES
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, chunked, forever, ok, play
+from tests.proving.descriptors import descriptors
 
 BODY = b'{"prompt": "hello"}'
 
@@ -1325,19 +1326,15 @@ async def test_a_cancelled_question_is_not_sent_to_its_end() -> None:
 
 
 async def test_a_cancelled_connect_closes_its_socket() -> None:
-    def sockets() -> int:
-        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        return sum(str(link.readlink()).startswith("socket:") for link in links)
-
     with black_hole() as url:
         wire = Wire(url)
-        before = sockets()
+        before = descriptors("socket:")
         asking = asyncio.create_task(ask(wire))
-        await until(lambda: sockets() > before)
+        await until(lambda: bool(descriptors("socket:") - before))
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        await until(lambda: sockets() == before)
+        await until(lambda: not descriptors("socket:") - before)
         assert wire.in_flight == 0
 
 

@@ -31,6 +31,7 @@ from tests.flows.test_ten_sentences import ANSWER, BODY, STREAM, everything, pla
 from tests.proving import stores
 from tests.proving.backend import DONE, END, EVENTS, FINISHED, Backend, Peer, Served, Step, chunk, ok, reported, token
 from tests.proving.chaos import Chaos
+from tests.proving.descriptors import descriptors
 from tests.proving.house import House, documents, gateway
 from tests.proving.limits import until
 from tests.proving.load import Read, Result, completion_request, fire, fixed, read
@@ -217,23 +218,19 @@ async def case(
     streams = asyncio.Event()
     async with Backend(answering(streams)) as backend:
         policy = documents([backend.url], plans=plan(*(limits or ALL)), **given)
-        tasks, files = asyncio.all_tasks(), _files()
+        tasks, files = asyncio.all_tasks(), descriptors()
         async with gateway(url, policy, store_deadline=deadline) as house:
             yield Case(house, backend, await _key(house) if key is None else key, streams)
             streams.set()
         for peer in backend.peers:
             await asyncio.wait_for(peer.gone.wait(), SOON)
-        await until(lambda: asyncio.all_tasks() <= tasks and _files() <= files, 10)
+        await until(lambda: asyncio.all_tasks() <= tasks and not descriptors() - files, 10)
 
 
 async def _key(house: House) -> str:
     """A key, as soon as this late machine has read the others."""
     await until(lambda: house.gateway.keys.loaded)
     return await house.key()
-
-
-def _files() -> int:
-    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - numbers, no paths
 
 
 def degraded(answer: Read) -> bool:
