@@ -11,8 +11,8 @@ floor 3, resources: tallies, metrics, topology, store, embedded, keys, drains, a
                     housekeeping, wire, bridge, upstream, credentials, reading, pools, pressure
 floor 4, exchange:  exchange, proxy
 floor 5, process:   lines, spans, traces, telemetry, meters, reload, echoes, echo, openapi, reference, app, server,
-                    serving, pipes, worker, supervisor, console, queries, charts, reports, exporting, storecheck,
-                    upstreamcheck, hostcheck, doctor, figures, forms, shelf, operations, admin, cli
+                    serving, pipes, worker, handover, supervisor, console, queries, charts, reports, exporting,
+                    storecheck, upstreamcheck, hostcheck, doctor, figures, forms, shelf, operations, admin, cli
 """
 
 __version__ = "0.1.0"

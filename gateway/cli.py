@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from math import ceil
@@ -43,8 +44,9 @@ from gateway.console import (
     with_store,
 )
 from gateway.documents import PolicyError
+from gateway.embedded import Embedded
 from gateway.exporting import export, exports_app
-from gateway.pipes import Line
+from gateway.pipes import Kind, Line
 from gateway.reports import usage_app
 from gateway.settings import Settings, pepper
 from gateway.store import Store
@@ -52,6 +54,7 @@ from gateway.store import Store
 if TYPE_CHECKING:
     from gateway.app import Gateway
     from gateway.keys import KeyRing
+    from gateway.supervisor import Supervisor
 
 _DEMO_PORT = 8000
 
@@ -100,9 +103,9 @@ def serve(
     admin_host: AdminHostOption = None,
     admin_port: AdminPortOption = None,
 ) -> None:
-    """Serve: workers on one port, a control plane beside them. SIGHUP reads policies anew, SIGUSR2 replaces workers."""
+    """Serve: workers on one port, a control plane beside them. SIGHUP reads policies anew, SIGUSR2 takes new code."""
     given = {"host": host, "port": port, "workers": workers, "admin_host": admin_host, "admin_port": admin_port}
-    _serve(read_settings(policies=policies, state=state, **given), _announce)
+    _serve(read_settings(policies=policies, state=state, **given), _announce, replaceable=True)
 
 
 @app.command()
@@ -120,7 +123,7 @@ def demo(
     settings = read_settings(policies=policies, state=state, **given)
     backend = subprocess.Popen([sys.executable, "-m", "gateway", "echo"], start_new_session=True)
     try:
-        _serve(settings, _welcome)
+        _serve(settings, _welcome, replaceable=False)  # who would end the backend?
     finally:
         backend.terminate()
         backend.wait()
@@ -194,7 +197,7 @@ async def _quietly(settings: Settings, gateway: Gateway) -> None:
 Started = Callable[[Settings, str, int], Awaitable[None]]  # of a revision, and of so many workers
 
 
-def _serve(settings: Settings, started: Started) -> None:
+def _serve(settings: Settings, started: Started, *, replaceable: bool) -> None:
     """Serve in processes under a supervisor, or in this one alone."""
     import uvloop
 
@@ -208,7 +211,7 @@ def _serve(settings: Settings, started: Started) -> None:
             settings = replace(settings, redis_url=store.url)
         if settings.workers:
             read_policies(settings)
-            run = _supervised(settings, listener, started, store.revive if store else lambda: False)
+            run = _supervised(settings, listener, started, store, replaceable=replaceable)
         else:
             run = _alone(settings, listener, started)
         if code := run_or_exit(run, uvloop.run):
@@ -225,21 +228,55 @@ async def _alone(settings: Settings, listener: socket.socket, started: Started) 
     return 0
 
 
-async def _supervised(settings: Settings, listener: socket.socket, started: Started, revive: Callable[[], bool]) -> int:
-    from gateway.supervisor import Supervisor, gateway_command
-
+async def _supervised(
+    settings: Settings, listener: socket.socket, started: Started, store: Embedded | None, *, replaceable: bool
+) -> int:
     control = listen(settings.admin_host, settings.admin_port)
     settings = replace(settings, admin_port=control.getsockname()[1])
-    supervisor = Supervisor(
+    supervisor = _supervisor(settings, {"worker": listener, "control": control}, store, replaceable=replaceable)
+    return await supervisor.run(lambda revision: started(settings, revision, settings.workers))
+
+
+def _supervisor(
+    settings: Settings, listeners: Mapping[Kind, socket.socket], store: Embedded | None, *, replaceable: bool
+) -> Supervisor:
+    from gateway.supervisor import Supervisor, gateway_command
+
+    return Supervisor(
         gateway_command,
-        {"worker": listener, "control": control},
+        listeners,
         settings.workers,
         delay=settings.drain_delay,
         drain=settings.drain,
         environment=settings.environment(),
-        revive=revive,
+        store=store,
+        replaceable=replaceable,
     )
-    return await supervisor.run(lambda revision: started(settings, revision, settings.workers))
+
+
+@app.command(hidden=True)
+def takeover(file: Annotated[int, typer.Argument()], trial: Annotated[bool, typer.Option("--trial")] = False) -> None:
+    """The supervisor of `gateway serve` after SIGUSR2, with what the one before had. `--trial`: whether it could be."""
+    import msgspec
+    import uvloop
+
+    from gateway import telemetry
+    from gateway.handover import Handover, taken
+
+    settings = read_settings()
+    try:
+        held = Handover.read(file) if trial else taken(file)
+    except msgspec.MsgspecError as other:
+        fail(f"what the supervisor has left is of another version: {other}", WRONG)
+    store = None if held.lock < 0 else Embedded(settings.state, held.lock)
+    listeners = {kind: socket.socket(fileno=number) for kind, number in held.listeners.items()}
+    supervisor = _supervisor(settings, listeners, store, replaceable=True)
+    if trial:
+        return
+    telemetry.set_up(settings.log)
+    with store or nullcontext(), own_signals():
+        if code := run_or_exit(supervisor.go_on(held), uvloop.run):
+            raise typer.Exit(code)
 
 
 async def _announce(settings: Settings, revision: str, workers: int) -> None:

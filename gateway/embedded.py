@@ -35,23 +35,26 @@ class Embedded:
     gone; the server then stays for the next one.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, lock: int = -1) -> None:
+        """`lock` is the descriptor of one that this process holds already."""
         self.state = state.absolute()
         self._socket = _socket_path(self.state)
-        self._lock = -1
+        self.lock = lock
 
     @property
     def url(self) -> str:
         return f"unix://{self._socket}"
 
     def __enter__(self) -> Self:
+        if self.lock >= 0:
+            return self
         try:
             self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _starting(self.state):
                 if not _answers(self._socket):
                     self._start()
-                self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-                fcntl.flock(self._lock, fcntl.LOCK_SH)
+                self.lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(self.lock, fcntl.LOCK_SH)
         except OSError as failure:
             raise StoreError(f"the embedded Valkey cannot be started in {self.state}: {failure}") from failure
         return self
@@ -59,12 +62,13 @@ class Embedded:
     def __exit__(self, *_: object) -> None:
         with _starting(self.state):
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 pass  # somebody else is still here
             else:
                 _shut_down(self._socket)
-            os.close(self._lock)
+            os.close(self.lock)
+            self.lock = -1
 
     def revive(self) -> bool:
         """Start the server again where it has died; whether it had. Raises StoreError where it does not come back."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 import msgspec
 
+Kind = Literal["worker", "control"]
 State = Literal["starting", "ready", "unready", "draining"]
-
-_MOST = 1 << 20  # bytes of a line
 
 
 class Told(msgspec.Struct, frozen=True, omit_defaults=True, tag=True):
@@ -50,34 +50,63 @@ class Asked(msgspec.Struct, frozen=True, tag=True):
     """What the control plane asks the supervisor for: that all workers read the policies anew."""
 
 
-class Line:
+class Line(asyncio.Protocol):
     """One end of a pair, within an event loop. To be opened before it is used."""
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, unheard: bytes = b"") -> None:
+        """`unheard` is what came over it already, and nobody took."""
         self._end = end
-        self._reader: asyncio.StreamReader
-        self._writer: asyncio.StreamWriter
+        self._lines: deque[bytes | None] = deque()  # None: the end
+        self._news = asyncio.Event()
+        self._rest = b""
+        self._transport: asyncio.Transport
+        self.data_received(unheard)
 
     async def open(self) -> Line:
-        self._reader, self._writer = await asyncio.open_connection(sock=self._end, limit=_MOST)
+        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._end)
         return self
 
     def say(self, what: Any) -> None:
         """Tell the other side; one that is gone hears nothing, and that is no failure."""
-        if not self._writer.is_closing():
-            self._writer.write(msgspec.json.encode(what) + b"\n")
+        if not self._transport.is_closing():
+            self._transport.write(msgspec.json.encode(what) + b"\n")
 
     async def heard(self, kind: Any) -> AsyncIterator[Any]:
         """What the other side says, until it is gone."""
         decode = msgspec.json.Decoder(kind).decode
         while True:
-            try:
-                line = await self._reader.readline()
-            except ConnectionError:
-                return
-            if not line.endswith(b"\n"):
+            while not self._lines:
+                self._news.clear()
+                await self._news.wait()
+            if (line := self._lines.popleft()) is None:
                 return
             yield decode(line)
 
     def close(self) -> None:
-        self._writer.close()
+        self._transport.close()
+
+    # — handed over to another program in this process
+
+    @property
+    def descriptor(self) -> int:
+        return self._end.fileno()
+
+    @property
+    def said(self) -> bool:
+        """Whether all that was said is on its way."""
+        return self._transport.get_write_buffer_size() == 0
+
+    def unheard(self) -> bytes:
+        """What came over it, and nobody took."""
+        return b"\n".join([*(line for line in self._lines if line is not None), self._rest])
+
+    # — asyncio.Protocol
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._lines.extend(lines)
+        self._news.set()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._lines.append(None)
+        self._news.set()

@@ -3,37 +3,41 @@
 It holds the sockets and nothing of what is served, so that it has no reason to fail. What dies is started again, at
 once, and later and later where it dies again and again. Nothing outlives it: each process has a line to it, and leaves
 at the end of that line. Of a worker that is to be replaced the next one is ready before it stops to accept, so that no
-connection is refused.
+connection is refused. The supervisor itself is replaced last, in its own process (handover.py).
 
     SIGTERM, SIGINT   workers drain, then the control plane ends; a second one: at once
     SIGHUP            workers read the policies anew
-    SIGUSR2           new workers in the place of all, one by one, from the code and the environment as they are now
+    SIGUSR2           all are replaced, one by one, by the code as it is now: workers, control plane, supervisor
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import Literal
 
 import structlog
 
-from gateway.pipes import Asked, Crew, Leave, Line, Told, Worker
+from gateway.embedded import Embedded
+from gateway.handover import SIGNALS, Handover, Held, execute, hold_signals, take_signals, understood
+from gateway.pipes import Asked, Crew, Kind, Leave, Line, Told, Worker
 from gateway.store import StoreError
+from gateway.telemetry import finish
 
 _FIRST, _MOST = 0.1, 30.0  # seconds until what died is started again: at first, and at most
 _STABLE = 10.0  # seconds; who lives that long has not failed to start
 _FAILING = 3  # deaths in a row, after which it is said that somebody has to look
 _LOOKS = 1.0  # seconds between two looks at a store of our own
 _READY = 60.0  # seconds that a new worker has to get ready
+_SAYING = 1.0  # seconds that what was said to processes has to be on its way, before they are handed over
 _PATIENCE = 10.0  # seconds beyond what draining may take, until a process is killed
 
-Kind = Literal["worker", "control"]
 Command = Callable[[Kind, int, int], Sequence[str]]  # of a kind, its listener, and its end of the line
 
 _log = structlog.get_logger("gateway.supervisor")
@@ -42,19 +46,29 @@ _log = structlog.get_logger("gateway.supervisor")
 class Process:
     """One that was started: what it has told last."""
 
-    def __init__(self, place: Place, process: asyncio.subprocess.Process, line: Line) -> None:
+    def __init__(
+        self,
+        place: Place,
+        pid: int,
+        exit_code: Awaitable[int],
+        line: Line,
+        *,
+        began: float | None = None,
+        told: Told | None = None,
+    ) -> None:
         self.place = place
-        self.process = process
+        self.pid = pid
+        self.exit_code = exit_code  # as subprocess has it: of a signal, its number below zero
         self.line = line
-        self.began = time.monotonic()
-        self.told = Told()
+        self.began = time.monotonic() if began is None else began
+        self.told = told or Told()
         self.ready = asyncio.Event()
         self.dead = asyncio.Event()
 
     def signal(self, number: signal.Signals) -> None:
         if not self.dead.is_set():
             with suppress(ProcessLookupError):
-                self.process.send_signal(number)
+                os.kill(self.pid, number)
 
     def leave(self) -> None:
         """Have it end, as SIGTERM does; unlike a signal, a word is not lost on who is only starting."""
@@ -80,12 +94,13 @@ class Place:
         one = self.process
         if one is None or one.dead.is_set():
             return Worker(0, Told(), self.restarts, self.failing)
-        return Worker(one.process.pid, one.told, self.restarts, self.failing)
+        return Worker(one.pid, one.told, self.restarts, self.failing)
 
 
 class Supervisor:
     """`command` says how a process is started; `delay` and `drain` are the seconds that draining takes (see server.py).
-    The listeners are closed when it ends."""
+    The listeners are closed when it ends. A `store` of our own is started again where it has died. Where it is not
+    `replaceable`, SIGUSR2 replaces its processes, and not itself."""
 
     def __init__(
         self,
@@ -96,15 +111,17 @@ class Supervisor:
         delay: float,
         drain: float,
         environment: Mapping[str, str],
-        revive: Callable[[], bool] = lambda: False,
+        store: Embedded | None = None,
+        replaceable: bool = False,
     ) -> None:
-        """`revive` is called every second, in a thread: it starts a store of our own where that has died."""
         self._command = command
-        self._revive = revive
+        self._store = store
+        self._replaceable = replaceable
         self._listeners = listeners
         self._environment = environment
         self._workers = [Place("worker", number) for number in range(1, workers + 1)]
         self._control = Place("control", 0)
+        self._places = (*self._workers, self._control)
         self._delay = delay
         self._drain = drain
         self._processes: set[Process] = set()
@@ -123,31 +140,52 @@ class Supervisor:
     async def run(self, started: Callable[[str], Awaitable[None]]) -> int:
         """Until a signal ends it, or until a first worker cannot serve; the exit code. `started` is called when all
         serve for the first time, with the revision of their policies."""
-        loop = asyncio.get_running_loop()
-        for number, handle in self._signals.items():
-            loop.add_signal_handler(number, handle)
-        await asyncio.gather(*(self._start(place) for place in (self._control, *self._workers)))
+        self._take_signals()
+        await asyncio.gather(*(self._start(place) for place in self._places))
         self._spawn(self._begin(started))
-        self._spawn(self._look_after_store())
+        return await self._until_end()
+
+    async def go_on(self, handover: Handover) -> int:
+        """As run, with what another supervisor had until now."""
+        self._take_signals()
+        places = {place.name: place for place in self._places}
+        for name, (restarts, deaths) in handover.restarts.items():
+            places[name].restarts, places[name].deaths = restarts, deaths
+        for held in handover.processes:
+            await self._adopt(held, places[held.place])
+        await asyncio.gather(*(self._start(place) for place in self._places if place.process is None))
+        self._tell()
+        _log.info("replaced", process="supervisor", pid=os.getpid())
+        return await self._until_end()
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._signals[number])
+        take_signals()
+
+    async def _until_end(self) -> int:
+        if self._store is not None:
+            self._spawn(self._look_after(self._store))
         await self._end.wait()
         await self._finish()
-        for number in self._signals:
-            loop.remove_signal_handler(number)
+        for number in SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
         return self._code
 
     async def _begin(self, started: Callable[[str], Awaitable[None]]) -> None:
         told = Told()
-        for place in (self._control, *self._workers):
+        for place in self._places:
             assert place.process is not None
             await place.process.ready.wait()
             told = place.process.told
         await started(told.revision)
 
-    async def _look_after_store(self) -> None:
+    async def _look_after(self, store: Embedded) -> None:
         while True:
             await asyncio.sleep(_LOOKS)
             try:
-                if await asyncio.to_thread(self._revive):
+                if await asyncio.to_thread(store.revive):
                     _log.error("process_died", process="store", how="it did not answer; it was started again")
             except StoreError as failure:
                 _log.error("store_not_started", reason=str(failure))
@@ -171,11 +209,25 @@ class Supervisor:
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C on the terminal is for the supervisor
             )
-        process = Process(place, child, await Line(ours).open())
+        process = Process(place, child.pid, child.wait(), await Line(ours).open())
+        self._know(process)
+        return process
+
+    async def _adopt(self, held: Held, place: Place) -> None:
+        line = await Line(socket.socket(fileno=held.line), held.unheard).open()
+        process = Process(place, held.pid, _ends(held.pid), line, began=held.began, told=held.told)
+        if held.ready:
+            process.ready.set()
+        if held.current:
+            place.process = process
+        if self._leaving:
+            process.leave()
+        self._know(process)
+
+    def _know(self, process: Process) -> None:
         self._processes.add(process)
         self._spawn(self._hear(process))
         self._spawn(self._watch(process))
-        return process
 
     async def _hear(self, process: Process) -> None:
         async for told in process.line.heard(Told | Asked):
@@ -189,7 +241,7 @@ class Supervisor:
 
     async def _watch(self, process: Process) -> None:
         """Until a process is dead; then the next one, unless it was meant."""
-        code = await process.process.wait()
+        code = await process.exit_code
         process.dead.set()
         process.line.close()
         self._processes.discard(process)
@@ -233,7 +285,7 @@ class Supervisor:
     async def _replace(self) -> None:
         self._rolling = True
         try:
-            for place in (*self._workers, self._control):
+            for place in self._places:
                 before = place.process
                 assert before is not None
                 process = await self._launch(place)
@@ -246,10 +298,50 @@ class Supervisor:
                 before.leave()
                 if self._leaving:
                     process.leave()
-                _log.info("replaced", process=place.name, pid=process.process.pid)
+                _log.info("replaced", process=place.name, pid=process.pid)
+            if self._replaceable:
+                await self._hand_over()
         finally:
             self._rolling = False
             self._tell()
+
+    async def _hand_over(self) -> None:
+        """Be replaced by a supervisor of the code as it is now; this one goes on where that cannot be."""
+        if not await understood(self._handover(), self._environment):
+            _log.error("not_replaced", process="supervisor", reason="the new one did not understand the old one")
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SAYING):
+                while not all(process.line.said for process in self._processes):  # noqa: ASYNC110 - no event
+                    await asyncio.sleep(0.01)
+        finish()
+        hold_signals()
+        await asyncio.sleep(0.01)  # those that have come are handled
+        try:
+            if not self._leaving:
+                execute(self._handover(), self._environment)
+        except OSError as failure:
+            _log.error("not_replaced", process="supervisor", reason=failure.strerror)
+        finally:
+            take_signals()
+
+    def _handover(self) -> Handover:
+        held = [
+            Held(
+                place=process.place.name,
+                current=process.place.process is process,
+                pid=process.pid,
+                line=process.line.descriptor,
+                unheard=process.line.unheard(),
+                told=process.told,
+                ready=process.ready.is_set(),
+                began=process.began,
+            )
+            for process in self._processes
+        ]
+        restarts = {place.name: (place.restarts, place.deaths) for place in self._places}
+        listeners = {kind: listener.fileno() for kind, listener in self._listeners.items()}
+        return Handover(listeners, self._store.lock if self._store else -1, restarts, tuple(held))
 
     # — the end
 
@@ -305,6 +397,19 @@ async def _first(one: asyncio.Event, other: asyncio.Event, patience: float) -> N
     await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
     for task in waiting:
         task.cancel()
+
+
+def _ends(pid: int) -> asyncio.Future[int]:
+    """The exit code of a child that another program in this process has started, and so nobody here knows."""
+    loop = asyncio.get_running_loop()
+    code = loop.create_future()
+
+    def wait() -> None:
+        _, status = os.waitpid(pid, 0)
+        loop.call_soon_threadsafe(code.set_result, os.waitstatus_to_exitcode(status))
+
+    threading.Thread(target=wait, name=f"wait-{pid}", daemon=True).start()
+    return code
 
 
 def gateway_command(kind: Kind, listener: int, line: int) -> Sequence[str]:

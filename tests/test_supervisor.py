@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pytest
+import redis
 from structlog.testing import capture_logs
 
-from gateway.pipes import Crew
-from gateway.supervisor import Kind, Supervisor
+from gateway.embedded import Embedded
+from gateway.pipes import Crew, Kind
+from gateway.supervisor import Supervisor
 from tests.proving.commands import ROOT
 
 # A process that says it is ready, unless the folder says otherwise, and ends when it is told to, or its line does.
@@ -40,15 +41,16 @@ for text in line.makefile():
 class Crowd:
     """A supervisor under test, and what its processes wrote down."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, store: Embedded | None = None) -> None:
         self.folder = folder
         listeners: dict[Kind, socket.socket] = {
             "worker": socket.create_server(("127.0.0.1", 0)),
             "control": socket.create_server(("127.0.0.1", 0)),
         }
         self.begun: list[str] = []
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.supervisor = Supervisor(
-            self._command, listeners, workers, delay=0, drain=1, environment={**os.environ, "PYTHONPATH": str(ROOT)}
+            self._command, listeners, workers, delay=0, drain=1, environment=environment, store=store
         )
 
     def _command(self, kind: Kind, listener: int, line: int) -> Sequence[str]:
@@ -96,9 +98,9 @@ def alive(pid: int) -> bool:
 
 
 @asynccontextmanager
-async def crowd(folder: Path, workers: int = 1) -> AsyncIterator[Crowd]:
+async def crowd(folder: Path, workers: int = 1, store: Embedded | None = None) -> AsyncIterator[Crowd]:
     """A supervisor that runs; at the end nothing is left of it."""
-    found = Crowd(folder, workers)
+    found = Crowd(folder, workers, store)
     running = asyncio.ensure_future(found.supervisor.run(found.started))
     try:
         await until(lambda: found.begun)
@@ -168,19 +170,15 @@ async def test_restarts_and_who_fails_again_and_again_are_told(tmp_path: Path) -
         assert (worker.restarts, worker.failing, worker.pid) == (3, True, found.pids()[-1])
 
 
-@pytest.mark.parametrize("revived", [True, False])
-async def test_a_store_of_its_own_is_looked_after(tmp_path: Path, revived: bool) -> None:
-    asked = asyncio.Event()
-    loop = asyncio.get_running_loop()
+async def test_a_store_of_its_own_is_started_again(tmp_path: Path) -> None:
+    def died() -> list[Any]:
+        return [line for line in lines if line.get("process") == "store"]
 
-    def revive() -> bool:
-        loop.call_soon_threadsafe(asked.set)
-        return revived
-
-    with capture_logs() as lines:
-        async with crowd(tmp_path) as found:
-            found.supervisor._revive = revive
-            async with asyncio.timeout(20):
-                await asked.wait()
-            await until(lambda: not revived or [line for line in lines if line.get("process") == "store"])
-    assert any(line.get("process") == "store" for line in lines) is revived
+    with Embedded(tmp_path / "state") as store, capture_logs() as lines:
+        async with crowd(tmp_path, store=store):
+            with redis.Redis.from_url(store.url) as client:
+                os.kill(client.info("server")["process_id"], signal.SIGKILL)
+            await until(died)
+            with redis.Redis.from_url(store.url) as client:
+                assert client.ping()
+    assert len(died()) == 1

@@ -308,7 +308,7 @@ async def test_g15_rolling_restarts_under_load_fail_no_request(store_url: str) -
         first = of.children()
         for turn in range(1, ROLLS + 1):
             os.kill(of.supervisor, signal.SIGUSR2)
-            await until(lambda turn=turn: len(of.gateway.lines("replaced")) == 3 * turn, 60)  # type: ignore[misc]
+            await until(lambda turn=turn: len(of.gateway.lines("replaced")) == 4 * turn, 60)  # type: ignore[misc]
         over.set()
         await asyncio.gather(*callers)
         assert failed == []
