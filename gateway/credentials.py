@@ -34,7 +34,7 @@ def secrets_of(snapshot: Snapshot, environment: Mapping[str, str]) -> tuple[Secr
     mistakes: list[str] = []
     for path, source, check in _sources(snapshot):
         try:
-            secret = _read(source, environment)
+            secret = secret_at(source, environment)
             check(secret)
             secrets[source] = secret
         except OSError as unread:
@@ -68,8 +68,9 @@ def _sources(snapshot: Snapshot) -> Iterator[tuple[str, str, Callable[[str], obj
         yield f"gateway.webhook.{'secret_file' if hook.secret_file else 'secret_env'}", hook.secret, signing_key
 
 
-def _read(source: str, environment: Mapping[str, str]) -> str:
-    """A secret without the blanks around it: one that is mounted ends with a line's end. Raises OSError, ValueError."""
+def secret_at(source: str, environment: Mapping[str, str]) -> str:
+    """The secret in a variable, "" where there is none, or in a file; without the blanks around it: one that is mounted
+    ends with a line's end. Raises OSError, and ValueError for a file that is empty."""
     if not source.startswith("/"):
         return environment.get(source, "").strip()
     with Path(source).open("rb") as file:

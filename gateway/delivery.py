@@ -1,5 +1,5 @@
 """What an export hands over, and what a sink says of it. A new kind of sink is one file that has a class of this
-protocol, and one line in `sinks.sink_of`.
+protocol, and one line in `receivers.sink_of`.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def export(
 ) -> None:
     """Deliver the ledger's rows where an export of the policies says, until SIGTERM or Ctrl-C."""
     from gateway import telemetry
+    from gateway.receivers import sink_of
     from gateway.settlements import FORGETS
-    from gateway.sinks import sink_of
 
     settings = read_settings(policies=policies, state=state)
     policy = _policy(settings, name)

@@ -666,10 +666,23 @@ class PostgresExport(_Document):
     """Rows of a table of PostgreSQL, which is made, with a partition for each month."""
 
     to: Literal["postgres"] = Field(description="a database; needs psycopg, the extra `postgres` of this package")
-    dsn_env: str = Field(description="the environment variable that says how to connect: postgresql://…")
+    dsn_env: str | None = Field(None, description="the environment variable that says how to connect: postgresql://…")
+    dsn_file: SecretFile | None = Field(None, description="or the file that does, which is read anew when it changes")
     table: TableName = Field("usage", description="its name, in a schema or not")
     batch: int = Field(100, ge=1, le=1000, description=_TOGETHER)
     attempts: int = _ATTEMPTS
+
+    @property
+    def dsn(self) -> str:
+        """The variable or the file that says how to connect."""
+        return self.dsn_file or self.dsn_env or ""
+
+    @model_validator(mode="after")
+    def _one_dsn(self) -> Self:
+        if (self.dsn_env is None) == (self.dsn_file is None):
+            found = "neither dsn_env nor dsn_file" if self.dsn_env is None else "dsn_env and dsn_file"
+            raise ValueError(f"has {found}, expected one of them")
+        return self
 
 
 class CloudEventsExport(_Document):
@@ -680,10 +693,24 @@ class CloudEventsExport(_Document):
     token_env: str | None = Field(
         None, description="the environment variable that holds the token it asks for; left out: it asks for none"
     )
+    token_file: SecretFile | None = Field(
+        None, description="or the file that holds it, which is read anew when it changes"
+    )
     source: EventWord = Field("model-gateway", description="`source` of the events")
     type: EventWord = Field("tokens", description="`type` of the events, by which OpenMeter's meters know them")
     batch: int = Field(100, ge=1, le=100, description=_TOGETHER)
     attempts: int = _ATTEMPTS
+
+    @property
+    def token(self) -> str | None:
+        """The variable or the file that holds its token; None: it asks for none."""
+        return self.token_file or self.token_env
+
+    @model_validator(mode="after")
+    def _one_token(self) -> Self:
+        if self.token_env is not None and self.token_file is not None:
+            raise ValueError("has token_env and token_file, expected one of them at most")
+        return self
 
 
 Export = Annotated[JsonLinesExport | PostgresExport | CloudEventsExport, Field(discriminator="to")]

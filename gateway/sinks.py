@@ -19,21 +19,18 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import msgspec
 import structlog
 
-from gateway.delivery import Rejected, Row, Sink, Unavailable
-
-if TYPE_CHECKING:
-    from gateway.language import CloudEventsExport, Export, JsonLinesExport, PostgresExport
+from gateway.delivery import Rejected, Row, Unavailable
 
 _log = structlog.get_logger("gateway.sinks")
 
@@ -351,46 +348,3 @@ def _rfc3339(ms: int) -> str:
     except (ValueError, OverflowError, OSError):
         raise Rejected(f"written_ms is {ms}, expected a time before the year 10000") from None
     return f"{instant:%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"
-
-
-# — by policy
-
-
-def sink_of(policy: Export, environment: Mapping[str, str]) -> Sink:
-    """The sink that an export of the policies names; raises ValueError with what it lacks."""
-    make: Callable[..., Sink] = _MAKERS[policy.to]
-    return make(policy, environment)
-
-
-def _json_lines(policy: JsonLinesExport, _: Mapping[str, str]) -> Sink:
-    return JsonLines(policy.folder, policy.rotate, policy.every)
-
-
-def _cloud_events(policy: CloudEventsExport, environment: Mapping[str, str]) -> Sink:
-    token = None if policy.token_env is None else _variable(environment, policy.token_env, "the token of the receiver")
-    return CloudEvents(policy.url, token, policy.source, policy.type)
-
-
-def _postgres(policy: PostgresExport, environment: Mapping[str, str]) -> Sink:
-    try:
-        from gateway.postgres import Postgres  # only where it is asked for: psycopg is an extra
-    except ImportError as error:
-        raise ValueError(
-            "psycopg is not installed: install psycopg[binary] (the extra `postgres` of this package)"
-        ) from error
-    dsn = _variable(environment, policy.dsn_env, "for example postgresql://user:password@host/database")
-    return Postgres(dsn, policy.table)
-
-
-def _variable(environment: Mapping[str, str], name: str, expected: str) -> str:
-    value = environment.get(name, "").strip()
-    if not value:
-        raise ValueError(f"the variable {name} is not set, expected {expected}")
-    return value
-
-
-_MAKERS: Mapping[str, Callable[..., Sink]] = {
-    "jsonl": _json_lines,
-    "postgres": _postgres,
-    "cloudevents": _cloud_events,
-}

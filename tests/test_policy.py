@@ -774,6 +774,18 @@ MISTAKES = {
         "exports:\n  a: {to: postgres, dsn_env: A, table: my usage}\n",
         'a.yaml:2 exports.a.table: "my usage" is no name of a table, expected one such as usage, or ledger.usage',
     ),
+    "a database that nobody says how to reach": (
+        "exports:\n  a: {to: postgres}\n",
+        "a.yaml:2 exports.a: has neither dsn_env nor dsn_file, expected one of them",
+    ),
+    "a database by two ways": (
+        "exports:\n  a: {to: postgres, dsn_env: A, dsn_file: /run/dsn}\n",
+        "a.yaml:2 exports.a: has dsn_env and dsn_file, expected one of them",
+    ),
+    "a token in two places": (
+        "exports:\n  a: {to: cloudevents, url: 'http://a', token_env: A, token_file: /run/token}\n",
+        "a.yaml:2 exports.a: has token_env and token_file, expected one of them at most",
+    ),
     "a batch that receivers do not take": (
         "exports:\n  a: {to: cloudevents, url: 'http://a', batch: 101}\n",
         "a.yaml:2 exports.a.batch: 101 is too large, expected at most 100",

@@ -18,7 +18,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -29,7 +28,7 @@ from structlog.testing import capture_logs
 
 from gateway import sinks
 from gateway.delivery import Rejected, Row, Unavailable
-from gateway.sinks import CloudEvents, JsonLines, sink_of
+from gateway.sinks import CloudEvents, JsonLines
 from tests.proving.backend import Backend, Peer, Step
 from tests.proving.descriptors import descriptors
 from tests.proving.rows import NOON, record, row
@@ -728,64 +727,3 @@ async def test_a_token_that_no_header_can_hold_is_refused_without_repeating_it(t
     with pytest.raises(ValueError, match=r"^the token has a space or a character that no header can hold") as error:
         CloudEvents("https://openmeter.example/", token, "model-gateway", "tokens")
     assert not token or token not in str(error.value)
-
-
-# — by policy
-
-
-def policy(to: str, **given: Any) -> Any:
-    """As the policies have it."""
-    defaults: dict[str, dict[str, Any]] = {
-        "jsonl": {"folder": "/var/lib/usage", "rotate": 64 * 2**20, "every": 3600.0},
-        "postgres": {"dsn_env": "WAREHOUSE_DSN", "table": "usage"},
-        "cloudevents": {
-            "url": "https://openmeter.example/api/v1/events",
-            "token_env": "OPENMETER_TOKEN",
-            "source": "model-gateway",
-            "type": "tokens",
-        },
-    }
-    return SimpleNamespace(to=to, **{**defaults[to], **given})
-
-
-ENVIRONMENT = {"WAREHOUSE_DSN": "postgresql://me@warehouse/x\n", "OPENMETER_TOKEN": f"{TOKEN}\n"}
-
-
-@pytest.mark.parametrize(
-    ("to", "given", "expected"),
-    [
-        ("jsonl", {}, "<JsonLines /var/lib/usage, no file>"),
-        ("postgres", {"table": "metering.usage"}, "<Postgres metering.usage, not connected>"),
-        ("cloudevents", {}, "<CloudEvents to openmeter.example>"),
-        ("cloudevents", {"token_env": None}, "<CloudEvents to openmeter.example>"),
-    ],
-)
-def test_an_export_of_the_policies_has_its_sink(to: str, given: dict[str, Any], expected: str) -> None:
-    assert repr(sink_of(policy(to, **given), ENVIRONMENT)) == expected
-
-
-@pytest.mark.parametrize(
-    ("to", "told"),
-    [
-        ("postgres", "the variable WAREHOUSE_DSN is not set, expected for example postgresql://"),
-        ("cloudevents", "the variable OPENMETER_TOKEN is not set, expected the token of the receiver"),
-    ],
-)
-@pytest.mark.parametrize("environment", [{}, {"WAREHOUSE_DSN": " ", "OPENMETER_TOKEN": "\n"}])
-def test_a_variable_that_is_not_set_is_named(to: str, told: str, environment: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=f"^{told}"):
-        sink_of(policy(to), environment)
-
-
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    monkeypatch.delitem(sys.modules, "gateway.postgres", raising=False)
-    told = "psycopg is not installed: install psycopg[binary] (the extra `postgres` of this package)"
-    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
-        sink_of(policy("postgres"), ENVIRONMENT)
-
-
-def test_psycopg_is_loaded_only_where_an_export_asks_for_it() -> None:
-    script = "import sys, gateway.sinks; print('psycopg' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=HERE)
-    assert said.stdout == b"False\n"
