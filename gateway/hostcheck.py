@@ -10,13 +10,13 @@ import resource
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from statistics import median
 
 from gateway.findings import Finding, Verdict, amount, error, graded, judged, ok, warning
-from gateway.pressure import group_memory
+from gateway.pressure import memory_groups
 
 _OWN_FILES = 128  # of a worker: code, logs, spools, the listener, and connections to the store
 _FEWEST_FILES = 256
@@ -52,38 +52,28 @@ def files_of(in_flight: int, soft: int, hard: int) -> Finding:
 # — memory
 
 
-def memory(workers: int, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> Finding:
-    """Whether the limit of this container leaves room, or else that of the machine."""
-    found = min(_limits(cgroups, proc), default=None)
-    check, of, wanted = "host.memory", "container", workers * _WORKER
-    if found is None:
-        total, available = _meminfo(proc)
-        told, share = f"no limit, {amount(available)} of the machine's {amount(total)} free", 1 - available / total
-        limit, of = total, "machine"
+def memory(workers: int, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = _PROC) -> Finding:
+    """Whether the limits of this container leave room, or else the memory of the machine."""
+    groups, wanted = memory_groups(proc / "self", cgroups), workers * _WORKER
+    if groups:
+        fullest = max(groups, key=lambda group: group.share)
+        of, least, share = "container", min(group.limit for group in groups), fullest.share
+        told, whole = f"{amount(fullest.used)} of {amount(fullest.limit)} used", f"a limit of {amount(least)}"
+        do = "a larger limit, or fewer workers: from 80 % on requests are shed, and beyond the limit the kernel kills"
     else:
-        limit, used = found
-        told, share = f"{amount(used)} of {amount(limit)} used", used / limit
-    do = "a larger limit, or fewer workers: from 80 % on requests are shed, and beyond the limit the kernel kills"
-    if limit < wanted:
-        expected = f"{amount(wanted)} for {workers} workers"
-        return warning(check, of, told, expected, do)
-    return judged(graded(share, *_MEMORY), check, of, told, f"below {_MEMORY[0]:.0%}", do)
-
-
-def _limits(cgroups: Path, proc: Path) -> Iterator[tuple[int, int]]:
-    """The limit of this process's group and of those above it, each with what is used of it."""
-    v2 = [line[3:].strip("/") for line in _lines(proc / "self" / "cgroup") if line.startswith("0::")]
-    folder = cgroups / v2[0] if v2 else cgroups
-    while folder == cgroups or cgroups in folder.parents:
-        if (group := group_memory(folder)) is not None:
-            yield group
-        folder = folder.parent
-    limit = "".join(_lines(cgroups / "memory" / "memory.limit_in_bytes"))  # version 1
-    if limit.isdecimal() and int(limit) < 1 << 60:
-        yield int(limit), int("".join(_lines(cgroups / "memory" / "memory.usage_in_bytes")) or 0)
+        least, available = _meminfo(proc)
+        of, share = "machine", 1 - available / least
+        told = f"no limit, {amount(available)} of the machine's {amount(least)} free"
+        whole = told
+        do = "more memory, or less on this machine: without a limit nothing is shed before the kernel kills somebody"
+    verdict = graded(share, *_MEMORY)
+    if least < wanted and verdict != "error":
+        return warning("host.memory", of, whole, f"{amount(wanted)} for {workers} workers", do)
+    return judged(verdict, "host.memory", of, told, f"below {_MEMORY[0]:.0%}", do)
 
 
 def _meminfo(proc: Path) -> tuple[int, int]:
+    """What the machine has, and what of it is available, in bytes."""
     sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in _lines(proc / "meminfo")}
     return sizes["MemTotal"], sizes["MemAvailable"]
 

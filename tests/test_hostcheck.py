@@ -79,36 +79,42 @@ def test_a_limit_that_is_near_is_told_before_the_kernel_kills(tmp_path: Path, us
     assert told(one) == (verdict, f"{used} MiB of 1000 MiB used")
 
 
-def test_the_least_limit_of_all_groups_above_is_the_one_that_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("above", "verdict", "found"),
+    [(2000, "ok", "300 MiB of 500 MiB used"), (3900, "error", "3.8 GiB of 3.9 GiB used")],
+)
+def test_of_all_groups_above_the_one_that_is_nearest_to_its_end_is_told(
+    tmp_path: Path, above: int, verdict: str, found: str
+) -> None:
     files = {
         "pods__one__memory_max": "max",
         "pods__memory_max": str(500 * MIB),
-        "pods__memory_current": str(100 * MIB),
+        "pods__memory_current": str(300 * MIB),
         "memory_max": str(4000 * MIB),
-        "memory_current": str(3900 * MIB),
+        "memory_current": str(above * MIB),
     }
-    assert told(hostcheck.memory(1, *container(tmp_path, "/pods/one", **files))) == ("ok", "100 MiB of 500 MiB used")
+    assert told(hostcheck.memory(1, *container(tmp_path, "/pods/one", **files))) == (verdict, found)
 
 
-def test_a_limit_has_to_hold_all_workers(tmp_path: Path) -> None:
-    files = {"memory_max": str(1000 * MIB), "memory_current": str(10 * MIB)}
+@pytest.mark.parametrize(
+    ("used", "verdict", "found"), [(10, "warning", "a limit of 1000 MiB"), (960, "error", "960 MiB of 1000 MiB used")]
+)
+def test_a_limit_has_to_hold_all_workers_and_an_end_that_is_near_is_worse(
+    tmp_path: Path, used: int, verdict: str, found: str
+) -> None:
+    files = {"memory_max": str(1000 * MIB), "memory_current": str(used * MIB)}
     one = hostcheck.memory(4, *container(tmp_path, "/", **files))
-    assert (one.verdict, one.expected) == ("warning", "1.0 GiB for 4 workers")
-
-
-def test_the_first_version_of_groups_is_read_too(tmp_path: Path) -> None:
-    files = {"memory__memory_limit_in_bytes": "", "memory__memory_usage_in_bytes": ""}
-    cgroups, proc = container(tmp_path, "/", **files)
-    (cgroups / "memory" / "memory.limit_in_bytes").write_text(f"{1000 * MIB}\n")
-    (cgroups / "memory" / "memory.usage_in_bytes").write_text(f"{970 * MIB}\n")
-    assert told(hostcheck.memory(1, cgroups, proc)) == ("error", "970 MiB of 1000 MiB used")
-    (cgroups / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert hostcheck.memory(1, cgroups, proc).found.startswith("no limit")
+    assert told(one) == (verdict, found)
+    assert (one.expected == "1.0 GiB for 4 workers") == (verdict == "warning")
 
 
 def test_without_a_limit_it_is_the_machine_that_counts(tmp_path: Path) -> None:
-    found = hostcheck.memory(1, *container(tmp_path, "/", memory_max="max"))
-    assert told(found) == ("ok", "no limit, 2.0 GiB of the machine's 8.0 GiB free")
+    machine = container(tmp_path, "/", memory_max="max")
+    assert told(hostcheck.memory(1, *machine)) == ("ok", "no limit, 2.0 GiB of the machine's 8.0 GiB free")
+    assert hostcheck.memory(33, *machine).expected == "8.2 GiB for 33 workers"
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 10 kB\n")
+    one = hostcheck.memory(1, *machine)
+    assert (one.verdict, one.of, "nothing is shed" in one.do) == ("error", "machine", True)
 
 
 # — the disk
