@@ -93,7 +93,9 @@ def test_of_all_groups_above_the_one_that_is_nearest_to_its_end_is_told(
         "memory_max": str(4000 * MIB),
         "memory_current": str(above * MIB),
     }
-    assert told(hostcheck.memory(1, *container(tmp_path, "/pods/one", **files))) == (verdict, found)
+    machine = container(tmp_path, "/pods/one", **files)
+    assert told(hostcheck.memory(1, *machine)) == (verdict, found)
+    assert hostcheck.memory(2, *machine).found == (found if verdict == "error" else "a limit of 500 MiB")
 
 
 @pytest.mark.parametrize(
