@@ -214,6 +214,14 @@ def pepper(settings: Settings) -> bytes:
     return settings.key_pepper.encode() or _kept(settings.state, "pepper")
 
 
+def kept_pepper(settings: Settings) -> bytes | None:
+    """The pepper that `pepper` would find; None where it would make one. Raises OSError where it cannot be read."""
+    try:
+        return settings.key_pepper.encode() or (settings.state / "pepper").read_bytes().strip()
+    except FileNotFoundError:
+        return None
+
+
 def admin_key(settings: Settings) -> bytes:
     """What opens the control plane: the key that is set, or one made once in the state folder."""
     return settings.admin_key.encode() or _kept(settings.state, "admin_key")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import resource
-import socket
 from pathlib import Path
 
 import pytest
 
 from gateway import hostcheck
 from gateway.findings import Finding
-from tests.proving.house import served
 from tests.proving.stores import small_disk
 
 MIB = 1 << 20
@@ -134,6 +130,12 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above_and_not_made(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_even_be_looked_for_is_told(tmp_path: Path) -> None:
+    """As one above which is nobody's business: here its name is too long, which root is told, too."""
+    (found,) = hostcheck.disk(tmp_path / ("n" * 300), MIB, 1)
+    assert told(found) == ("error", "cannot be written: File name too long")
+
+
 def test_room_is_wanted_for_the_spools_of_all_workers(tmp_path: Path) -> None:
     (found, *_) = hostcheck.disk(tmp_path, 1 << 50, 2)
     assert (found.verdict, found.expected) == ("warning", "2048 TiB: 2 times GATEWAY_SPOOL_MOST")
@@ -168,45 +170,3 @@ def test_what_waits_in_spools_is_told(tmp_path: Path) -> None:
     assert found(1500) == ("ok", "800 B in 2 files wait for the store")  # each worker has so much for itself
     assert found(1000)[0] == "warning"
     assert found(600)[0] == "error"
-
-
-# — ports
-
-
-def test_a_free_port_is_free_and_any_will_do() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        number = taken.getsockname()[1]
-    assert told(hostcheck.port("127.0.0.1", number, "data plane")) == ("ok", "free")
-    assert told(hostcheck.port("127.0.0.1", 0, "data plane")) == ("ok", "any that is free")
-
-
-def test_a_port_that_somebody_has_is_told_with_his_name() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        one = hostcheck.port("127.0.0.1", taken.getsockname()[1], "data plane")
-    name = Path("/proc/self/comm").read_text().strip()
-    assert told(one) == ("error", f"taken by {name}, process {os.getpid()}")
-    assert one.of == f"data plane 127.0.0.1:{taken_port(one)}"
-
-
-def taken_port(one: Finding) -> str:
-    return one.of.rpartition(":")[2]
-
-
-def test_an_address_of_another_machine_is_told() -> None:
-    one = hostcheck.port("192.0.2.1", 8080, "data plane")
-    assert told(one) == ("error", "cannot assign requested address")
-
-
-@pytest.mark.parametrize(
-    ("said", "verdict"), [(b'{"status":"alive"}', "ok"), (b'{"status":"up"}', "error"), (b"nothing", "error")]
-)
-async def test_a_port_that_a_gateway_has_is_well(said: bytes, verdict: str) -> None:
-    async def answer(scope: object, receive: object, send: object) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(said))]}
-        await send(start)  # type: ignore[operator]
-        await send({"type": "http.response.body", "body": said})  # type: ignore[operator]
-
-    async with served(answer) as url:
-        number = int(url.rpartition(":")[2])
-        one = await asyncio.to_thread(hostcheck.port, "127.0.0.1", number, "data plane")
-    assert one.verdict == verdict

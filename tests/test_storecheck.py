@@ -259,8 +259,8 @@ async def test_sentinels_are_well_with_a_quorum_and_an_error_without() -> None:
 
         other = await store_findings(watched.url.replace(stores.SERVICE, "other"), DEADLINE)
         assert other[0].found == 'the store has no primary "other" that a Sentinel knows'
-        told = [one.do for one in other if one.check == "store" or one.verdict == "warning"]
-        assert told == ["the name at the end of GATEWAY_REDIS_URL, as `sentinel monitor` has it"] * 4
+        to_do = [one.do for one in other if one.check == "store" or one.verdict == "warning"]
+        assert to_do == ["the name at the end of GATEWAY_REDIS_URL, as `sentinel monitor` has it"] * 4
 
         alone = f"redis+sentinel://127.0.0.1:{watched.sentinels[0].port}/{stores.SERVICE}"
         assert verdicts(await store_findings(alone, DEADLINE))["store.sentinels"] == "warning"
