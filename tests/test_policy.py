@@ -925,8 +925,10 @@ MISTAKES = {
     },
     "a password in an address": (
         "pools:\n  demo: {upstreams: [{url: 'http://user:p@ss/w@a'}]}",
-        'a.yaml:2 pools.demo.upstreams[0].url: "http://…@a" is no address, expected one such as http://10.0.0.7:8000, '
-        "without /v1",
+        (
+            'a.yaml:2 pools.demo.upstreams[0].url: "http://…@a" is no address, '
+            "expected one such as http://10.0.0.7:8000, without /v1"
+        ),
     ),
     "an organisation without a team": (
         "organisations:\n  acm: {plan: free}\n" + PLANS + TEAMS,
