@@ -165,7 +165,9 @@ async def _store(
                 found += await _within(deadline, "store", "what it holds", asked)
             return found
     except StoreError as failure:
-        do = f"{settings.state}/valkey.log; who hangs has to go on, or to be ended, before another may start"
+        do = (
+            "rights of the folder; valkey.log in it; one that hangs has to go on, or be ended, before another may start"
+        )
         return [error("store", str(settings.state), str(failure), "an embedded store that answers", do)]
     finally:
         if not by_command.done():

@@ -152,9 +152,12 @@ async def _answers(name: str, upstream: Upstream, pool: PoolPolicy, own: Upstrea
         do = "its own log: it takes connections, and does not answer"
         return [error("upstream.answer", name, f"GET {path}: {failure.message}", "an answer", do)]
     found = f"GET {path}: HTTP {status}"
-    if status in (401, 403):
+    if status in (401, 403, 407):
         do = f"the credential in {own.key_env}" if own.key_env else "key_env in pools.yaml: it asks for a credential"
         return [error("upstream.credential", name, f"{found}: refused", "a credential that it takes", do)]
+    if 300 <= status < 400:
+        do = "the url in pools.yaml: https:// where it wants that, or the address that it sends to; it is not followed"
+        return [error("upstream.answer", name, f"{found}: it sends elsewhere", "2xx", do)]
     if 200 <= status < 300 or (probe is None and status < 500):
         return [ok("upstream.answer", name, found)]
     do = "its own log" if status >= 500 else "health.probe in pools.yaml names a path that answers 2xx"

@@ -56,6 +56,8 @@ def answer(status: bytes) -> bytes:
         (None, b"/v1/models", b"200", "upstream.answer", "ok", "GET /v1/models: HTTP 200"),
         (None, b"/v1/models", b"404", "upstream.answer", "ok", "GET /v1/models: HTTP 404"),
         (None, b"/v1/models", b"502", "upstream.answer", "error", "GET /v1/models: HTTP 502"),
+        (None, b"/v1/models", b"301", "upstream.answer", "error", "GET /v1/models: HTTP 301: it sends elsewhere"),
+        (None, b"/v1/models", b"407", "upstream.credential", "error", "GET /v1/models: HTTP 407: refused"),
         ("/health", b"/health", b"204", "upstream.answer", "ok", "GET /health: HTTP 204"),
         ("/health", b"/health", b"404", "upstream.answer", "error", "GET /health: HTTP 404"),
         (None, b"/v1/models", b"401", "upstream.credential", "error", "GET /v1/models: HTTP 401: refused"),
