@@ -8,12 +8,12 @@ floor 2, decisions: findings, identity, members, contract, bounds, context, norm
                     recent, returns, refusals, shares, counts, intents, buckets, hops, sse, health, balance
 floor 3, resources: tallies, metrics, topology, store, embedded, keys, drains, alerts, spool, ends, settlements,
                     admission, explain, rollups, sums, ledger, erase, delivery, postgres, sinks, exports, retention,
-                    housekeeping, wire, bridge, upstream, credentials, receivers, reading, pools,
-                    pressure
+                    housekeeping, wire, bridge, upstream, credentials, receivers, reading, pools, pressure
 floor 4, exchange:  exchange, proxy
 floor 5, process:   lines, spans, traces, telemetry, meters, reload, echoes, echo, openapi, reference, app, server,
                     serving, pipes, worker, handover, supervisor, console, queries, charts, reports, exporting,
-                    storecheck, upstreamcheck, hostcheck, doctor, figures, forms, shelf, operations, admin, cli
+                    storecheck, upstreamcheck, hostcheck, portcheck, doctor, figures, forms, shelf, operations, admin,
+                    cli
 """
 
 __version__ = "0.1.0"

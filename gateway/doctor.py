@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-from gateway import hostcheck
+from gateway import hostcheck, portcheck
 from gateway.console import PATIENCE, table
 from gateway.documents import PolicyError
 from gateway.drains import drained
@@ -27,7 +27,7 @@ from gateway.language import Export
 from gateway.pools import Policies
 from gateway.reading import read
 from gateway.reload import policies_of
-from gateway.settings import Settings, pepper
+from gateway.settings import Settings, kept_pepper
 from gateway.store import Store, StoreError
 from gateway.storecheck import store_findings
 from gateway.upstreamcheck import each, upstream_findings
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _DEADLINE = 15.0  # seconds of one check
 _EMBEDDED_DEADLINE = 45.0  # an embedded store may have a long AOF to read
+_PEPPER = "GATEWAY_KEY_PEPPER as the other gateways of this store have it, or their state folder (GATEWAY_STATE)"
 _OLD = 3600.0  # seconds that a row may wait for its export
 
 
@@ -53,15 +54,17 @@ async def examine(settings: Settings, deadline: float = _DEADLINE) -> list[Findi
     """All findings, in the order of the checks. `deadline` is what one of them may take, in seconds."""
     told, policies = await _policies(settings, deadline)
     in_flight = sum(own.max_in_flight for _, _, _, own in each(policies)) if policies else 0
-    workers, control = max(1, settings.workers), (settings.admin_host, settings.admin_port)
+    workers, data = max(1, settings.workers), (settings.host, settings.port)
+    control = (settings.admin_host, settings.admin_port, data)
     checks: list[Awaitable[list[Finding]]] = [
         _store_and_upstreams(settings, policies, deadline),
         _here(deadline, "host.files", lambda: [hostcheck.files(in_flight)]),
         _here(deadline, "host.memory", lambda: [hostcheck.memory(workers)]),
         _here(deadline, "host.disk", lambda: hostcheck.disk(settings.state, settings.spool_most, workers)),
-        _here(deadline, "host.port", lambda: [hostcheck.port(settings.host, settings.port, "data plane")]),
-        _here(deadline, "host.port", lambda: [hostcheck.port(*control, "control plane")]),
+        _here(deadline, "host.port", lambda: [portcheck.data_port(*data)]),
     ]
+    if settings.workers:  # one that is alone has no control plane
+        checks.append(_here(deadline, "host.port", lambda: [portcheck.control_port(*control)]))
     try:
         found = await asyncio.gather(*checks)
     finally:
@@ -162,7 +165,10 @@ async def _store(
                 found += await _within(deadline, "store", "what it holds", asked)
             return found
     except StoreError as failure:
-        return [error("store", str(settings.state), str(failure), "an embedded store that starts", "see its log")]
+        do = (
+            "rights of the folder; valkey.log in it; one that hangs has to go on, or be ended, before another may start"
+        )
+        return [error("store", str(settings.state), str(failure), "an embedded store that answers", do)]
     finally:
         if not by_command.done():
             by_command.set_result(frozenset())
@@ -177,6 +183,8 @@ async def _address(settings: Settings) -> AsyncIterator[str]:
     embedded = Embedded(settings.state)
     try:
         async with asyncio.timeout(_EMBEDDED_DEADLINE):
+            if await beside(embedded.hangs):
+                raise StoreError(f"the embedded Valkey of {embedded.state} is there and does not answer")
             await beside(embedded.__enter__)
     except TimeoutError:
         raise StoreError(f"no result within {_EMBEDDED_DEADLINE:g} s") from None
@@ -211,11 +219,20 @@ async def _keys(store: Store, settings: Settings) -> Finding:
     check, of = "keys", "the store"
     if not await store.call(lambda: store.client.exists(PEPPER)):
         return ok(check, of, "none was made yet")
-    ring = KeyRing(store, pepper(settings))
+    try:
+        kept = await beside(lambda: kept_pepper(settings))
+    except OSError as failure:
+        kept, told = None, f"{settings.state}/pepper cannot be read: {(failure.strerror or 'unknown').lower()}"
+    else:
+        told = f"it has keys, and there is neither GATEWAY_KEY_PEPPER nor {settings.state}/pepper"
+    expected = "the pepper of the gateway that made them"
+    if kept is None:
+        return error(check, of, told, expected, _PEPPER)
+    ring = KeyRing(store, kept)
     try:
         await ring.load()
-    except StoreError as failure:
-        return error(check, of, str(failure), "one pepper for all gateways of a store", "set GATEWAY_KEY_PEPPER")
+    except StoreError:
+        return error(check, of, "its keys were made under another pepper", expected, _PEPPER)
     now = time.time()
     states = [record.state(now) for record in ring.records()]
     return ok(check, of, f"{states.count('active'):,} in force of {len(states):,}")

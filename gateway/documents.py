@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ class PolicyError(Exception):
 
 
 def show(found: object) -> str:
-    """A value as the document has it, and not much of it."""
+    """A value as the document has it, and not much of it; of an address never who is named in it with a password."""
     match found:
         case None:
             return "nothing"
         case bool():
             return str(found).lower()
         case str():
+            found = re.sub(r"://\S*@", "://…@", found)
             return f'"{found if len(found) <= 80 else found[:79] + "…"}"'
         case int():
             return str(found) if abs(found) < 10**30 else "a number of more than 30 digits"

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +25,7 @@ from gateway.store import StoreError
 from gateway.topology import Failures
 
 _START_SECONDS = 30.0  # a long AOF is read before the first answer
+_ANSWER_SECONDS, _MOMENT = 5.0, 2.0
 
 
 class Embedded:
@@ -69,6 +70,14 @@ class Embedded:
                 _shut_down(self._socket)
             os.close(self.lock)
             self.lock = -1
+
+    def hangs(self) -> bool:
+        """Whether its server is there, nobody is starting it, and it does not answer: to wait for it is in vain."""
+        with suppress(OSError):  # what cannot be opened is told by who starts it
+            return (
+                not _held(self.state / "gate") and _held(self.state / "server") and not _answers(self._socket, _MOMENT)
+            )
+        return False
 
     def revive(self) -> bool:
         """Start the server again where it has died; whether it had. Raises StoreError where it does not come back."""
@@ -162,15 +171,15 @@ def _socket_path(state: Path) -> Path:
     return folder / "valkey.sock"
 
 
-def _sync(path: Path) -> redis.Redis:
-    return redis.Redis(unix_socket_path=str(path), socket_timeout=5, retry=redis.retry.Retry(NoBackoff(), 0))
+def _sync(path: Path, patience: float = _ANSWER_SECONDS) -> redis.Redis:
+    return redis.Redis(unix_socket_path=str(path), socket_timeout=patience, retry=redis.retry.Retry(NoBackoff(), 0))
 
 
-def _answers(path: Path) -> bool:
+def _answers(path: Path, patience: float = _ANSWER_SECONDS) -> bool:
     if not path.exists():
         return False
     try:
-        with _sync(path) as client:
+        with _sync(path, patience) as client:
             return bool(client.ping())
     except Failures:
         return False
@@ -185,6 +194,18 @@ def _shut_down(path: Path) -> None:
     patience = time.monotonic() + 5
     while path.exists() and time.monotonic() < patience:
         time.sleep(0.005)
+
+
+def _held(lock: Path) -> bool:
+    """Whether somebody holds a lock. Raises OSError where there is none."""
+    file = os.open(lock, os.O_RDWR)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 @contextmanager

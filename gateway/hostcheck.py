@@ -1,22 +1,17 @@
-"""What the doctor finds of this machine: files that may be open, memory, the disk of the state folder, and ports."""
+"""What the doctor finds of this machine: files that may be open, memory, and the disk of the state folder."""
 
 from __future__ import annotations
 
-import errno
-import http.client
-import json
 import os
 import resource
-import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
 from gateway.findings import Finding, Verdict, amount, error, graded, judged, ok, warning
-from gateway.pressure import group_memory
+from gateway.pressure import memory_groups
 
 _OWN_FILES = 128  # of a worker: code, logs, spools, the listener, and connections to the store
 _FEWEST_FILES = 256
@@ -24,7 +19,6 @@ _WORKER = 256 << 20  # bytes that a worker should have
 _MEMORY = (0.8, 0.95)  # shares at which to warn, and to fail
 _LEAST_ROOM = 16 << 20
 _SYNCS, _SLOW_SYNC = 9, 0.05  # how many, and seconds
-_LISTENS = "0A"  # the state of a listening socket in /proc/net/tcp
 _PROC = Path("/proc")
 
 
@@ -52,38 +46,28 @@ def files_of(in_flight: int, soft: int, hard: int) -> Finding:
 # — memory
 
 
-def memory(workers: int, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> Finding:
-    """Whether the limit of this container leaves room, or else that of the machine."""
-    found = min(_limits(cgroups, proc), default=None)
-    check, of, wanted = "host.memory", "container", workers * _WORKER
-    if found is None:
-        total, available = _meminfo(proc)
-        told, share = f"no limit, {amount(available)} of the machine's {amount(total)} free", 1 - available / total
-        limit, of = total, "machine"
+def memory(workers: int, cgroups: Path = Path("/sys/fs/cgroup"), proc: Path = _PROC) -> Finding:
+    """Whether the limits of this container leave room, or else the memory of the machine."""
+    groups, wanted = memory_groups(proc / "self", cgroups), workers * _WORKER
+    if groups:
+        fullest = max(groups, key=lambda group: group.share)
+        of, least, share = "container", min(group.limit for group in groups), fullest.share
+        told, whole = f"{amount(fullest.used)} of {amount(fullest.limit)} used", f"a limit of {amount(least)}"
+        do = "a larger limit, or fewer workers: from 80 % on requests are shed, and beyond the limit the kernel kills"
     else:
-        limit, used = found
-        told, share = f"{amount(used)} of {amount(limit)} used", used / limit
-    do = "a larger limit, or fewer workers: from 80 % on requests are shed, and beyond the limit the kernel kills"
-    if limit < wanted:
-        expected = f"{amount(wanted)} for {workers} workers"
-        return warning(check, of, told, expected, do)
-    return judged(graded(share, *_MEMORY), check, of, told, f"below {_MEMORY[0]:.0%}", do)
-
-
-def _limits(cgroups: Path, proc: Path) -> Iterator[tuple[int, int]]:
-    """The limit of this process's group and of those above it, each with what is used of it."""
-    v2 = [line[3:].strip("/") for line in _lines(proc / "self" / "cgroup") if line.startswith("0::")]
-    folder = cgroups / v2[0] if v2 else cgroups
-    while folder == cgroups or cgroups in folder.parents:
-        if (group := group_memory(folder)) is not None:
-            yield group
-        folder = folder.parent
-    limit = "".join(_lines(cgroups / "memory" / "memory.limit_in_bytes"))  # version 1
-    if limit.isdecimal() and int(limit) < 1 << 60:
-        yield int(limit), int("".join(_lines(cgroups / "memory" / "memory.usage_in_bytes")) or 0)
+        least, available = _meminfo(proc)
+        of, share = "machine", 1 - available / least
+        told = f"no limit, {amount(available)} of the machine's {amount(least)} free"
+        whole = told
+        do = "more memory, or less on this machine: without a limit nothing is shed before the kernel kills somebody"
+    verdict = graded(share, *_MEMORY)
+    if least < wanted and verdict != "error":
+        return warning("host.memory", of, whole, f"{amount(wanted)} for {workers} workers", do)
+    return judged(verdict, "host.memory", of, told, f"below {_MEMORY[0]:.0%}", do)
 
 
 def _meminfo(proc: Path) -> tuple[int, int]:
+    """What the machine has, and what of it is available, in bytes."""
     sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in _lines(proc / "meminfo")}
     return sizes["MemTotal"], sizes["MemAvailable"]
 
@@ -99,9 +83,9 @@ def _lines(file: Path) -> list[str]:
 
 def disk(state: Path, spool_most: int, workers: int) -> list[Finding]:
     """Whether usage could be written down there while the store is away."""
-    folder = next(parent for parent in (state.absolute(), *state.absolute().parents) if parent.exists())
     of = str(state)
     try:
+        folder = next(parent for parent in (state.absolute(), *state.absolute().parents) if parent.exists())
         took = _synced(folder)
         room = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     except OSError as failure:
@@ -147,67 +131,3 @@ def _spools(folder: Path, spool_most: int) -> list[Finding]:
     do = "the store: when it is back this is settled; where no gateway runs on this folder, start one"
     found = f"{amount(sum(sizes))} in {len(sizes)} files wait for the store"
     return [judged(verdict, "host.spool", str(folder), found, "less than half of GATEWAY_SPOOL_MOST", do)]
-
-
-# — ports
-
-
-def port(host: str, number: int, what: str) -> Finding:
-    """Whether a port can be listened on; one that a gateway has is fine."""
-    of = f"{what} {host}:{number}"
-    if number == 0:
-        return ok("host.port", of, "any that is free")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with closing(socket.socket(family, socket.SOCK_STREAM)) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, number))
-        except OSError as failure:
-            return _taken(of, host, number) if failure.errno == errno.EADDRINUSE else _unusable(of, failure)
-    return ok("host.port", of, "free")
-
-
-def _taken(of: str, host: str, number: int) -> Finding:
-    if _is_ours(host, number):
-        return ok("host.port", of, "a gateway listens there")
-    found = f"taken by {_holder(number) or 'a process of somebody else'}"
-    do = "end that process, or another port"
-    return error("host.port", of, found, "a port that is free, or a gateway's", do)
-
-
-def _unusable(of: str, failure: OSError) -> Finding:
-    said = (failure.strerror or "it cannot be used").lower()
-    return error(
-        "host.port", of, said, "an address of this machine, and a port from 1024", "GATEWAY_HOST, GATEWAY_PORT"
-    )
-
-
-def _is_ours(host: str, number: int) -> bool:
-    """Whether whoever listens there says what a gateway says."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    with closing(http.client.HTTPConnection(reached, number, timeout=1)) as asked:
-        try:
-            asked.request("GET", "/healthz/live")
-            return bool(json.loads(asked.getresponse().read(1000)) == {"status": "alive"})
-        except (OSError, http.client.HTTPException, ValueError):
-            return False
-
-
-def _holder(number: int) -> str | None:
-    """The process that listens on a port, as far as we may know."""
-    wanted = {f"socket:[{inode}]" for inode in _listeners(number)}
-    for process in _PROC.glob("[0-9]*"):
-        with suppress(OSError):
-            if any(str(file.readlink()) in wanted for file in (process / "fd").iterdir()):
-                return f"{(process / 'comm').read_text().strip()}, process {process.name}"
-    return None
-
-
-def _listeners(number: int) -> Sequence[str]:
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in _lines(_PROC / "net" / table)[1:]:
-            words = line.split()
-            if int(words[1].rpartition(":")[2], 16) == number and words[3] == _LISTENS:
-                found.append(words[9])
-    return found

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 _KEPT_FILES = 64  # beside connections: the store's, the spool, pipes, policies while they are read
 _STEPS = (0.80, 0.90, 0.95)
@@ -45,33 +47,71 @@ def most_connections() -> int:
 
 def memory_used(proc: Path = Path("/proc/self"), root: Path = _ROOT) -> float:
     """The share of what there is that is used: of the process's address space, where that is limited, or of the memory
-    of its control group, whichever is nearer to its end. 0 where nothing is limited."""
-    shares = [0.0]
+    of a control group, its own or one above it, whichever is nearest to its end. 0 where nothing is limited."""
+    shares = [group.share for group in memory_groups(proc, root)]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         shares.append(int((proc / "statm").read_text().split()[0]) * _PAGE / limit)
-    with suppress(OSError, ValueError, IndexError):
-        own = (proc / "cgroup").read_text().strip().rpartition("::")[2]
-        # In a container its own group is the root.
-        found = map(group_memory, (root / own.lstrip("/"), root))
-        shares += [used / limit for limit, used in filter(None, found)]
-    return max(shares)
+    return max(shares, default=0.0)
 
 
-def group_memory(folder: Path) -> tuple[int, int] | None:
-    """The limit of a control group (version 2) and what it uses, without files that the kernel can drop, in bytes. None
-    where it has none."""
-    limit, used, stat = (_read(folder / f"memory.{name}") for name in ("max", "current", "stat"))
-    if not limit.isdecimal():
+class Group(NamedTuple):
+    """A control group whose memory is limited, in bytes."""
+
+    limit: int
+    used: int  # without files that the kernel can drop
+
+    @property
+    def share(self) -> float:
+        return self.used / max(1, self.limit)
+
+
+class _Version(NamedTuple):
+    folder: str  # where its groups stand, below the root of all
+    limit: str
+    used: str
+    dropped: str  # what memory.stat calls files that the kernel can drop, with those of the groups below
+
+
+# By what stands before a group in /proc/self/cgroup: `0::/pods/one` is of version 2, `4:memory:/pods/one` of version 1.
+_VERSIONS = {
+    "": _Version("", "memory.max", "memory.current", "inactive_file"),
+    "memory": _Version("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+_NO_LIMIT = 1 << 60  # version 1 has a number for it
+
+
+def memory_groups(proc: Path = Path("/proc/self"), root: Path = _ROOT) -> list[Group]:
+    """The control group of a process and those above it, as far as their memory is limited, from below.
+
+    Whichever is full first, the kernel kills. In a container its own group is the root, whatever it is called outside.
+    """
+    groups = []
+    for line in _read(proc / "cgroup").splitlines():
+        controllers, _, own = line.partition(":")[2].partition(":")
+        for controller in controllers.split(","):
+            if (version := _VERSIONS.get(controller)) is not None:
+                top, names = root / version.folder, [name for name in own.split("/") if name]
+                folders = [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
+                groups += [group for folder in folders if (group := _group(folder, version)) is not None]
+    return groups
+
+
+def _group(folder: Path, version: _Version) -> Group | None:
+    """A control group, or None where it is not there or has no limit."""
+    limit = _read(folder / version.limit)
+    if not limit.isdecimal() or int(limit) >= _NO_LIMIT:
         return None
-    dropped = [int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")]
-    return int(limit), int(used or 0) - sum(dropped)
+    used = int(_read(folder / version.used) or 0)
+    stat = _read(folder / "memory.stat").splitlines()
+    dropped = sum(int(line.split()[1]) for line in stat if line.startswith(f"{version.dropped} "))
+    return Group(int(limit), used - dropped)
 
 
 def _read(file: Path) -> str:
     """What stands in a file of the kernel's; nothing where there is none."""
     try:
-        return file.read_text().strip()
+        return os.fsdecode(file.read_bytes()).strip()
     except OSError:
         return ""
 

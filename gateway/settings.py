@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 LogFormat = Literal["auto", "people", "json"]
 
@@ -22,6 +23,16 @@ STORES: Mapping[str, int] = {
     "rediss+sentinel": 26379,
     "redis+cluster": 6379,
     "rediss+cluster": 6379,
+}
+
+
+# What may stand behind `?` there, and how its value looks; with TLS more.
+_OPTIONS: Mapping[str, str] = {"client_name": r"\S+", "db": r"\d+", "password": ".*", "username": ".*"}
+_TLS_OPTIONS: Mapping[str, str] = {
+    **_OPTIONS,
+    "ssl_cert_reqs": "none|optional|required",
+    "ssl_check_hostname": "true|false",
+    **dict.fromkeys(("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password"), ".+"),
 }
 
 
@@ -45,8 +56,9 @@ def _unfit_address(text: str) -> str | None:
     scheme, _, rest = text.partition("://")
     if scheme not in STORES or not rest:
         return f"an address that begins with {', '.join(f'{known}://' for known in STORES)}"
-    if scheme == "unix":
-        return None
+    unfit = _unfit_options(scheme, rest)
+    if unfit is not None or scheme == "unix":
+        return unfit
     try:
         parts = urlsplit(text)
         found = hosts(parts.netloc, STORES[scheme])
@@ -62,6 +74,17 @@ def _unfit_address(text: str) -> str | None:
         return "a database that is a number"
     if scheme.endswith("+cluster") and int(database or 0):
         return "no database, or 0: a cluster has no other"
+    return None
+
+
+def _unfit_options(scheme: str, rest: str) -> str | None:
+    """What is expected of what stands after `?`, or None."""
+    if "#" in rest:
+        return "%23 for a # in a password"
+    options = _TLS_OPTIONS if scheme.startswith("rediss") else _OPTIONS
+    for name, value in parse_qsl(rest.partition("?")[2], keep_blank_values=True):
+        if name not in options or re.fullmatch(options[name], value) is None:
+            return f"after a ? one of {', '.join(options)}, each with a value that fits; %3F for a ? in a password"
     return None
 
 
@@ -189,6 +212,14 @@ def _unfit(known: Mapping[str, Any], value: Any) -> str | None:
 def pepper(settings: Settings) -> bytes:
     """The secret that keys and users are hashed with: the one that is set, or one made once in the state folder."""
     return settings.key_pepper.encode() or _kept(settings.state, "pepper")
+
+
+def kept_pepper(settings: Settings) -> bytes | None:
+    """The pepper that `pepper` would find; None where it would make one. Raises OSError where it cannot be read."""
+    try:
+        return settings.key_pepper.encode() or (settings.state / "pepper").read_bytes().strip()
+    except FileNotFoundError:
+        return None
 
 
 def admin_key(settings: Settings) -> bytes:

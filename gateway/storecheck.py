@@ -22,10 +22,35 @@ from gateway.topology import Client, Cluster, Failures, Node, Sentinels, Topolog
 
 _OLDEST = (7, 0)  # scripts begin with #!lua, and XINFO GROUPS tells the lag
 _PINGS, _PINGS_FOR = 100, 3.0  # at most, and seconds
-_SKEW = 1.0  # seconds that clocks may differ
+_SKEW = (1.0, 300.0)  # seconds that clocks differ at which to warn, and to fail
+_SILENT = 10  # seconds that a replica may have said nothing: it does so each second
 _PROBE_KEPT_MS = 60_000
 _ASKED = 2.0  # seconds for one answer
 _FULL = (0.75, 0.9)  # shares of memory and of connections at which to warn, and to fail
+
+_ROOM = (
+    "a larger maxmemory (CONFIG SET) or machine, a shorter ledger.keep, or more shards: a full store takes no requests"
+)
+_SERVICE = "the name at the end of GATEWAY_REDIS_URL, as `sentinel monitor` has it"
+# What to do about a store or a Sentinel that does not do its work, by words in what is said of it (topology.why).
+_DO: Mapping[str, str] = {
+    "a certificate": "a new certificate there, or ?ssl_ca_certs= in GATEWAY_REDIS_URL, the file of who vouches for it",
+    "a name that": "DNS, or the host in GATEWAY_REDIS_URL",
+    "database": "the database at the end of GATEWAY_REDIS_URL",
+    "does not answer": "see whether its process is stopped, busy (SLOWLOG GET) or behind a firewall that is silent",
+    "expected": "GATEWAY_REDIS_URL: its beginning says what stands there",
+    "maxclients": "a larger maxclients there, or fewer who connect",
+    "maxmemory": _ROOM,
+    "MISCONF": "room and rights of its disk: its own log says more",
+    "NOPERM": "its user needs ~* for keys, and +@all -@dangerous +info +role +cluster|slots for commands",
+    "password": "the user and the password in GATEWAY_REDIS_URL, in which %40 stands for @",
+    "protocol of Redis": "the port in GATEWAY_REDIS_URL: something else listens there, or it wants TLS (rediss://)",
+    "a Sentinel knows": _SERVICE,
+    "no service": _SERVICE,
+    "speak TLS": "rediss:// is for stores with TLS, redis:// for those without",
+    "takes no writes": "name its primary in GATEWAY_REDIS_URL, or the Sentinels who know it",
+    "too few replicas": "start its replicas, or a smaller min-replicas-to-write",
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +90,18 @@ async def store_findings(url: str, deadline: float) -> list[Finding]:
 
 
 def _away(place: str, failure: BaseException) -> Finding:
-    found = f"the store {why(failure) or str(failure)}"
-    return error("store", place, found, "a store that answers", "start it, or mend GATEWAY_REDIS_URL or the network")
+    said = _said(failure)
+    do = _do(said, "start it, or mend GATEWAY_REDIS_URL or the network")
+    return error("store", place, f"the store {said}", "a store that answers", do)
+
+
+def _said(failure: BaseException) -> str:
+    """Why somebody does not do his work, as words that continue "the store …"."""
+    return why(failure) or f"says: {str(failure).partition(chr(10))[0][:200]}"
+
+
+def _do(said: str, otherwise: str) -> str:
+    return next((do for words, do in _DO.items() if words in said), otherwise)
 
 
 def _place(url: str) -> str:
@@ -115,6 +150,10 @@ def _text(value: Any) -> str:
 
 def _judge(server: Server, deadline: float, topology: Topology) -> list[Finding]:
     found = [judge(server) for judge in _JUDGES]
+    if server.info.get("cluster_enabled") and not isinstance(topology, Cluster):
+        do = "redis+cluster:// in GATEWAY_REDIS_URL: the other nodes would refuse what is theirs"
+        said = "it is a node of a cluster, and asked as if it were alone"
+        found.append(error("store.cluster", server.name, said, "redis+cluster:// before its address", do))
     return [*found, _latency(server, deadline), _replicas(server, several=isinstance(topology, Sentinels | Cluster))]
 
 
@@ -140,7 +179,8 @@ def _persistence(server: Server) -> Finding:
     if not info.get("aof_enabled"):
         snapshots = server.config.get("save", "not told") or "off"
         found, wanted = f"AOF off, snapshots {snapshots}", "appendonly yes, appendfsync everysec"
-        return warning(check, server.name, found, wanted, "a restart forgets keys, counts and rows since a snapshot")
+        do = "CONFIG SET appendonly yes, and in its configuration: else a restart forgets keys, counts and rows"
+        return warning(check, server.name, found, wanted, do)
     if (status := _text(info.get("aof_last_write_status", "ok"))) != "ok":
         return error(
             check, server.name, f"AOF cannot be written ({status})", "a disk that takes it", "room on its disk"
@@ -158,8 +198,7 @@ def _memory(server: Server) -> Finding:
     share = used / whole if whole else 0.0
     of = "maxmemory" if most else "its machine, no maxmemory"
     found = f"{amount(used)} of {amount(whole)} ({of})"
-    do = "a larger maxmemory or machine, a shorter ledger.keep, or more shards: a full store takes no requests"
-    return judged(graded(share, *_FULL), "store.memory", server.name, found, f"below {_FULL[0]:.0%}", do)
+    return judged(graded(share, *_FULL), "store.memory", server.name, found, f"below {_FULL[0]:.0%}", _ROOM)
 
 
 def _connections(server: Server) -> Finding:
@@ -171,10 +210,11 @@ def _connections(server: Server) -> Finding:
 
 
 def _clock(server: Server) -> Finding:
-    found = f"{server.skew * 1000:+.0f} ms against this machine"
+    skew = server.skew
+    told = f"{round(skew * 1000):+} ms" if abs(skew) < 10 else f"{round(skew):+,} s"
     do = "NTP on both: limits go by the store's clock, but expiry of keys and new prices by the gateway's"
-    verdict = graded(abs(server.skew), _SKEW, float("inf"))
-    return judged(verdict, "store.clock", server.name, found, f"within {_SKEW:.0f} s", do)
+    found, verdict = f"{told} against this machine", graded(abs(skew), *_SKEW)
+    return judged(verdict, "store.clock", server.name, found, f"within {_SKEW[0]:.0f} s", do)
 
 
 _JUDGES: Sequence[Callable[[Server], Finding]] = (_version, _eviction, _persistence, _memory, _connections, _clock)
@@ -194,12 +234,16 @@ def _latency(server: Server, deadline: float) -> Finding:
 def _replicas(server: Server, *, several: bool) -> Finding:
     count = int(server.info.get("connected_slaves", 0))
     states = [server.info.get(f"slave{number}", {}) for number in range(count)]
-    lost = [state for state in states if isinstance(state, Mapping) and state.get("state", "online") != "online"]
+    lost = [state for state in states if isinstance(state, Mapping) and not _follows(state)]
     found = f"{count - len(lost)} of {count} replicas online" if count else "no replica"
     if lost or (several and not count):
         do = "start a replica: without one nobody takes over when this server dies"
         return warning("store.replicas", server.name, found, "a replica at least, and all of them online", do)
     return ok("store.replicas", server.name, found)
+
+
+def _follows(replica: Mapping[str, Any]) -> bool:
+    return replica.get("state", "online") == "online" and int(replica.get("lag", 0)) <= _SILENT
 
 
 # — all of them
@@ -216,8 +260,8 @@ async def _scripts(topology: Topology, url: str) -> Finding:
             failures.append(failure)
     if not failures:
         return ok("store.scripts", _place(url), "scripts run and write")
-    said = why(failures[0]) or str(failures[0]).partition("\n")[0][:200]
-    do = "what it says; users need ~* for keys, and +@all -@dangerous +info +role +cluster|slots for commands"
+    said = _said(failures[0])
+    do = _do(said, "what it says")
     return error("store.scripts", _place(url), f"the store {said}", "a script that writes", do)
 
 
@@ -243,9 +287,10 @@ async def _sentinels(topology: Sentinels) -> list[Finding]:
     found = []
     for node, answer in zip(nodes, said, strict=True):
         if isinstance(answer, Failures):
-            do = "start it, or see what it says: while most of them disagree nobody is promoted"
-            told = f"the Sentinel {why(answer) or str(answer)}"
-            found.append(warning("store.sentinels", _name(node), told, "a Sentinel with a quorum", do))
+            told = _said(answer)
+            do = _do(told, "start it, or see what it says: while most of them disagree nobody is promoted")
+            lost = f"the Sentinel {told}"
+            found.append(warning("store.sentinels", _name(node), lost, "a Sentinel with a quorum", do))
     well = len(nodes) - len(found)
     told = f"{well} of {len(nodes)} in GATEWAY_REDIS_URL answer and have a quorum"
     if 2 * well <= len(nodes):

@@ -14,6 +14,7 @@ other, and close what other requests are waiting on.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
 from collections import Counter, deque
@@ -67,14 +68,19 @@ _UNABLE_WORDS = {
     "ACL failure in script": _UNABLE["NOPERM"],  # Valkey
     "The user executing the script can't": _UNABLE["NOPERM"],  # Redis
     "AUTH <password>": "refuses the password",
+    "DB index is out of range": "has no database of that number",
+    "No such master": "knows no service of that name",  # a Sentinel
     "cluster support disabled": "is no cluster, expected redis:// before its address",
     "invalid password": "refuses the password",
     "max number of clients": "has no connection left (maxclients)",
+    "unknown command 'SENTINEL'": "is no Sentinel, expected redis:// before its address",
 }
 _LOST: Sequence[tuple[type[BaseException], str]] = (
     (ssl.SSLError, "does not speak TLS as expected"),
     (ConnectionRefusedError, "refuses the connection"),
     (FileNotFoundError, "has no socket there"),
+    (socket.gaierror, "has a name that does not resolve"),
+    (redis.exceptions.InvalidResponse, "does not speak the protocol of Redis"),
     (TimeoutError, "does not answer"),
     (redis.exceptions.TimeoutError, "does not answer"),
 )

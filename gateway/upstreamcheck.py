@@ -7,9 +7,11 @@ import asyncio
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +24,9 @@ from gateway.wire import trusting
 
 _DAY = 86_400.0
 _SOON, _TOO_SOON = 21, 3  # days that a certificate has left
+
+_reading = threading.Lock()
+_read = lru_cache(trusting)
 
 # Does something that blocks beside the event loop, in a thread that nobody has to wait for.
 Beside = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -78,10 +83,11 @@ async def _reached(name: str, pool: PoolPolicy, own: UpstreamPolicy, beside: Bes
     except (OSError, UnicodeError) as failure:
         said = f"{host} is not resolved within {patience:g} s" if _late(failure) else f"{host} has no address"
         return [error(check, name, said, "a name that resolves", "DNS, or the url in pools.yaml")]
-    began = time.perf_counter()
     try:
+        tls = await _tls(pool, host, beside) if secure else {}
+        began = time.perf_counter()
         async with asyncio.timeout(patience):
-            days = await _connected(host, port, pool.tls or TlsPolicy.model_construct(), secure=secure)
+            days = await _connected(host, port, tls)
     except ssl.SSLCertVerificationError as refused:
         do = "a new certificate at the upstream, or tls.ca and tls.server_name in pools.yaml"
         return [error("upstream.certificate", name, refused.verify_message, "a certificate that is accepted", do)]
@@ -112,14 +118,23 @@ def _words(failure: OSError) -> str:
     return "it refuses the connection" if isinstance(failure, ConnectionRefusedError) else failure.strerror or "no way"
 
 
-async def _connected(host: str, port: int, tls: TlsPolicy, *, secure: bool) -> float | None:
+async def _tls(pool: PoolPolicy, host: str, beside: Beside) -> dict[str, Any]:
+    """How a connection of a pool is secured, as asyncio takes it. Raises OSError for a file that cannot be read."""
+    tls = pool.tls or TlsPolicy.model_construct()
+    context = await beside(lambda: _trusting(tls.ca, tls.certificate, tls.key))
+    return {"ssl": context, "server_hostname": tls.server_name or host}
+
+
+def _trusting(ca: str | None, certificate: str | None, key: str | None) -> ssl.SSLContext:
+    """What `trusting` gives, read once: it takes some 40 ms, which many upstreams at once would take from the time that
+    they have to connect."""
+    with _reading:
+        return _read(ca, certificate, key)
+
+
+async def _connected(host: str, port: int, tls: dict[str, Any]) -> float | None:
     """Connect once; the days that its certificate has left, where there is one. Raises OSError."""
-    if not secure:
-        _, writer = await asyncio.open_connection(host, port)
-        writer.transport.abort()
-        return None
-    context = trusting(tls.ca, tls.certificate, tls.key)
-    _, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=tls.server_name or host)
+    _, writer = await asyncio.open_connection(host, port, **tls)
     certificate: dict[str, Any] = writer.get_extra_info("peercert") or {}
     writer.transport.abort()
     with suppress(KeyError, ValueError):
@@ -137,9 +152,12 @@ async def _answers(name: str, upstream: Upstream, pool: PoolPolicy, own: Upstrea
         do = "its own log: it takes connections, and does not answer"
         return [error("upstream.answer", name, f"GET {path}: {failure.message}", "an answer", do)]
     found = f"GET {path}: HTTP {status}"
-    if status in (401, 403):
+    if status in (401, 403, 407):
         do = f"the credential in {own.key_env}" if own.key_env else "key_env in pools.yaml: it asks for a credential"
         return [error("upstream.credential", name, f"{found}: refused", "a credential that it takes", do)]
+    if 300 <= status < 400:
+        do = "the url in pools.yaml: https:// where it wants that, or the address that it sends to; it is not followed"
+        return [error("upstream.answer", name, f"{found}: it sends elsewhere", "2xx", do)]
     if 200 <= status < 300 or (probe is None and status < 500):
         return [ok("upstream.answer", name, found)]
     do = "its own log" if status >= 500 else "health.probe in pools.yaml names a path that answers 2xx"

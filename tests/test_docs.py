@@ -6,11 +6,12 @@ import re
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from gateway.health import Turn
 from gateway.language import Documents
 from gateway.settings import Settings
 from tests import docs
@@ -60,6 +61,37 @@ def test_with_write_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.argv", ["docs", "--write"])
     assert docs.main() == 0
     assert path.read_text() == "another text"
+
+
+# — what an operator is sent to
+
+
+def headings(file: Path) -> set[str]:
+    """Where links into a document may end, as its readers make them of headings."""
+    lines = re.findall(r"^#+ (.+)$", file.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w-]", "", line.lower().replace(" ", "-")) for line in lines}
+
+
+@pytest.mark.parametrize("name", ["README.md", "helm/README.md"])
+def test_links_lead_to_files_and_headings_that_there_are(name: str) -> None:
+    file = docs.ROOT / name
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", file.read_text("utf-8"))
+    assert len(links) > 1
+    for path, heading in links:
+        target = (file.parent / path) if path else file
+        assert target.exists(), path
+        assert not heading or heading in headings(target), (path, heading)
+
+
+def test_figures_events_and_findings_that_the_readme_names_are_in_the_code() -> None:
+    """Whoever is on call looks for them by these names."""
+    text = (docs.ROOT / "README.md").read_text("utf-8")
+    code = "".join(file.read_text("utf-8") for file in sorted((docs.ROOT / "gateway").glob("*.py")))
+    turns = {f"upstream_{turn}" for turn in get_args(Turn)}
+    figures = {re.sub(r"_(bucket|count|sum|total)$", "", figure) for figure in re.findall(r"\bgateway_[a-z_]+", text)}
+    events = set(re.findall(r'"event":"([a-z_]+)"', text)) - turns
+    findings = set(re.findall(r"`((?:host|store|upstream)\.[a-z]+)`", text))
+    assert [one for one in sorted(figures | events | findings) if f'"{one}' not in code] == []
 
 
 @pytest.mark.parametrize(

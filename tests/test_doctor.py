@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -13,9 +14,11 @@ from typing import Any
 
 import msgspec
 import pytest
+import redis
 import yaml
 
 from gateway.doctor import beside, examine, exports_of, show
+from gateway.embedded import Embedded
 from gateway.exports import ExportStanding
 from gateway.findings import Finding, Verdict, amount, warning, worst
 from gateway.findings import ok as ok_
@@ -73,7 +76,26 @@ async def test_keys_of_another_pepper_are_an_error(tmp_path: Path, store_url: st
     policies = DOCUMENTS | {"models": {}}
     assert of(await examine(settings(tmp_path, store_url, policies)), "keys") == [("ok", "1 in force of 2")]
     ((verdict, found),) = of(await examine(settings(tmp_path, store_url, policies, key_pepper="another")), "keys")
-    assert (verdict, "made under another pepper" in found) == ("error", True)
+    assert (verdict, found) == ("error", "its keys were made under another pepper")
+
+
+async def test_a_pepper_that_is_not_here_is_told_and_none_is_made(tmp_path: Path, store_url: str) -> None:
+    store = Store(store_url, deadline=5)
+    await KeyRing(store, b"of the tests").load()
+    await store.aclose()
+    asked = settings(tmp_path, store_url, DOCUMENTS | {"models": {}}, key_pepper="")
+    state = tmp_path / "state"
+    told = f"it has keys, and there is neither GATEWAY_KEY_PEPPER nor {state}/pepper"
+    assert of(await examine(asked), "keys") == [("error", told)]
+    assert not state.exists()
+
+    state.mkdir()
+    (state / "pepper").write_text("of the tests\n")
+    assert of(await examine(asked), "keys") == [("ok", "0 in force of 0")]
+
+    (state / "pepper").unlink()
+    (state / "pepper").mkdir()
+    assert of(await examine(asked), "keys") == [("error", f"{state}/pepper cannot be read: is a directory")]
 
 
 async def test_without_policies_and_without_a_store_the_rest_is_looked_at(tmp_path: Path) -> None:
@@ -92,6 +114,29 @@ async def test_a_store_of_our_own_that_cannot_be_started_is_told(tmp_path: Path)
     ((verdict, found),) = of(findings, "store")
     assert (verdict, found.startswith("the embedded Valkey cannot be started")) == ("error", True)
     assert of(findings, "host.disk") == [("error", "cannot be written: Not a directory")]
+
+
+async def test_an_embedded_store_that_hangs_is_told_soon(tmp_path: Path) -> None:
+    """The commands that need it wait for half a minute: it may have been shut down a moment ago."""
+    with Embedded(tmp_path / "state") as embedded:
+        with redis.Redis(unix_socket_path=embedded.url.removeprefix("unix://")) as client:
+            process = int(client.info("server")["process_id"])
+        os.kill(process, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            findings = await examine(settings(tmp_path, "", DOCUMENTS | {"models": {}}, redis_url=None))
+            took = time.monotonic() - began
+        finally:
+            os.kill(process, signal.SIGCONT)
+    state = tmp_path / "state"
+    assert of(findings, "store") == [("error", f"the embedded Valkey of {state} is there and does not answer")]
+    assert took < 15
+
+
+async def test_one_that_serves_alone_needs_no_port_of_a_control_plane(tmp_path: Path, store_url: str) -> None:
+    for workers, ports in ((1, 2), (0, 1)):
+        asked = settings(tmp_path, store_url, DOCUMENTS | {"models": {}}, workers=workers)
+        assert len(of(await examine(asked), "host.port")) == ports
 
 
 async def test_what_hangs_is_told_and_keeps_nobody_waiting(tmp_path: Path, store_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -189,6 +190,19 @@ def test_a_server_that_has_died_is_started_again_with_all_it_had(tmp_path: Path)
             assert time.monotonic() < patience
         assert client.get("kept") == b"1"
         assert not embedded.revive()
+
+
+def test_one_hangs_that_is_there_and_silent_while_nobody_starts_it(tmp_path: Path) -> None:
+    one = Embedded(tmp_path)
+    assert not one.hangs()
+    with (tmp_path / "gate").open("w") as gate, (tmp_path / "server").open("w") as server:
+        assert not one.hangs()
+        fcntl.flock(server, fcntl.LOCK_EX)  # as its server does; there is no socket
+        assert one.hangs()
+        fcntl.flock(gate, fcntl.LOCK_EX)  # as who starts it
+        assert not one.hangs()
+    with Embedded(tmp_path):
+        assert not one.hangs()
 
 
 def test_a_server_that_is_stopped_is_not_started_beside_itself(tmp_path: Path) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import resource
-import socket
 from pathlib import Path
 
 import pytest
 
 from gateway import hostcheck
 from gateway.findings import Finding
-from tests.proving.house import served
 from tests.proving.stores import small_disk
 
 MIB = 1 << 20
@@ -79,36 +75,44 @@ def test_a_limit_that_is_near_is_told_before_the_kernel_kills(tmp_path: Path, us
     assert told(one) == (verdict, f"{used} MiB of 1000 MiB used")
 
 
-def test_the_least_limit_of_all_groups_above_is_the_one_that_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("above", "verdict", "found"),
+    [(2000, "ok", "300 MiB of 500 MiB used"), (3900, "error", "3.8 GiB of 3.9 GiB used")],
+)
+def test_of_all_groups_above_the_one_that_is_nearest_to_its_end_is_told(
+    tmp_path: Path, above: int, verdict: str, found: str
+) -> None:
     files = {
         "pods__one__memory_max": "max",
         "pods__memory_max": str(500 * MIB),
-        "pods__memory_current": str(100 * MIB),
+        "pods__memory_current": str(300 * MIB),
         "memory_max": str(4000 * MIB),
-        "memory_current": str(3900 * MIB),
+        "memory_current": str(above * MIB),
     }
-    assert told(hostcheck.memory(1, *container(tmp_path, "/pods/one", **files))) == ("ok", "100 MiB of 500 MiB used")
+    machine = container(tmp_path, "/pods/one", **files)
+    assert told(hostcheck.memory(1, *machine)) == (verdict, found)
+    assert hostcheck.memory(2, *machine).found == (found if verdict == "error" else "a limit of 500 MiB")
 
 
-def test_a_limit_has_to_hold_all_workers(tmp_path: Path) -> None:
-    files = {"memory_max": str(1000 * MIB), "memory_current": str(10 * MIB)}
+@pytest.mark.parametrize(
+    ("used", "verdict", "found"), [(10, "warning", "a limit of 1000 MiB"), (960, "error", "960 MiB of 1000 MiB used")]
+)
+def test_a_limit_has_to_hold_all_workers_and_an_end_that_is_near_is_worse(
+    tmp_path: Path, used: int, verdict: str, found: str
+) -> None:
+    files = {"memory_max": str(1000 * MIB), "memory_current": str(used * MIB)}
     one = hostcheck.memory(4, *container(tmp_path, "/", **files))
-    assert (one.verdict, one.expected) == ("warning", "1.0 GiB for 4 workers")
-
-
-def test_the_first_version_of_groups_is_read_too(tmp_path: Path) -> None:
-    files = {"memory__memory_limit_in_bytes": "", "memory__memory_usage_in_bytes": ""}
-    cgroups, proc = container(tmp_path, "/", **files)
-    (cgroups / "memory" / "memory.limit_in_bytes").write_text(f"{1000 * MIB}\n")
-    (cgroups / "memory" / "memory.usage_in_bytes").write_text(f"{970 * MIB}\n")
-    assert told(hostcheck.memory(1, cgroups, proc)) == ("error", "970 MiB of 1000 MiB used")
-    (cgroups / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert hostcheck.memory(1, cgroups, proc).found.startswith("no limit")
+    assert told(one) == (verdict, found)
+    assert (one.expected == "1.0 GiB for 4 workers") == (verdict == "warning")
 
 
 def test_without_a_limit_it_is_the_machine_that_counts(tmp_path: Path) -> None:
-    found = hostcheck.memory(1, *container(tmp_path, "/", memory_max="max"))
-    assert told(found) == ("ok", "no limit, 2.0 GiB of the machine's 8.0 GiB free")
+    machine = container(tmp_path, "/", memory_max="max")
+    assert told(hostcheck.memory(1, *machine)) == ("ok", "no limit, 2.0 GiB of the machine's 8.0 GiB free")
+    assert hostcheck.memory(33, *machine).expected == "8.2 GiB for 33 workers"
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 10 kB\n")
+    one = hostcheck.memory(1, *machine)
+    assert (one.verdict, one.of, "nothing is shed" in one.do) == ("error", "machine", True)
 
 
 # — the disk
@@ -124,6 +128,12 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_one_above_and_not_made(
     found = hostcheck.disk(tmp_path / "state" / "one", MIB, 1)
     assert (found[0].verdict, found[0].of) == ("ok", str(tmp_path / "state" / "one"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_even_be_looked_for_is_told(tmp_path: Path) -> None:
+    """As one above which is nobody's business: here its name is too long, which root is told, too."""
+    (found,) = hostcheck.disk(tmp_path / ("n" * 300), MIB, 1)
+    assert told(found) == ("error", "cannot be written: File name too long")
 
 
 def test_room_is_wanted_for_the_spools_of_all_workers(tmp_path: Path) -> None:
@@ -160,45 +170,3 @@ def test_what_waits_in_spools_is_told(tmp_path: Path) -> None:
     assert found(1500) == ("ok", "800 B in 2 files wait for the store")  # each worker has so much for itself
     assert found(1000)[0] == "warning"
     assert found(600)[0] == "error"
-
-
-# — ports
-
-
-def test_a_free_port_is_free_and_any_will_do() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        number = taken.getsockname()[1]
-    assert told(hostcheck.port("127.0.0.1", number, "data plane")) == ("ok", "free")
-    assert told(hostcheck.port("127.0.0.1", 0, "data plane")) == ("ok", "any that is free")
-
-
-def test_a_port_that_somebody_has_is_told_with_his_name() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        one = hostcheck.port("127.0.0.1", taken.getsockname()[1], "data plane")
-    name = Path("/proc/self/comm").read_text().strip()
-    assert told(one) == ("error", f"taken by {name}, process {os.getpid()}")
-    assert one.of == f"data plane 127.0.0.1:{taken_port(one)}"
-
-
-def taken_port(one: Finding) -> str:
-    return one.of.rpartition(":")[2]
-
-
-def test_an_address_of_another_machine_is_told() -> None:
-    one = hostcheck.port("192.0.2.1", 8080, "data plane")
-    assert told(one) == ("error", "cannot assign requested address")
-
-
-@pytest.mark.parametrize(
-    ("said", "verdict"), [(b'{"status":"alive"}', "ok"), (b'{"status":"up"}', "error"), (b"nothing", "error")]
-)
-async def test_a_port_that_a_gateway_has_is_well(said: bytes, verdict: str) -> None:
-    async def answer(scope: object, receive: object, send: object) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(said))]}
-        await send(start)  # type: ignore[operator]
-        await send({"type": "http.response.body", "body": said})  # type: ignore[operator]
-
-    async with served(answer) as url:
-        number = int(url.rpartition(":")[2])
-        one = await asyncio.to_thread(hostcheck.port, "127.0.0.1", number, "data plane")
-    assert one.verdict == verdict

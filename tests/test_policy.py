@@ -933,8 +933,15 @@ MISTAKES = {
             f"gateway:\n  webhook: {{url: '{url}', secret_env: HOOK}}",
             f'a.yaml:2 gateway.webhook.url: "{url}" is no address, expected one such as https://hooks.example.com/limits',
         )
-        for url in ("hooks", "http://u:p@a/", "http://a:99999/b", "http://a/b#c", "ftp://a/b", "http://999.0.0.1/")
+        for url in ("hooks", "http://a:99999/b", "http://a/b#c", "ftp://a/b", "http://999.0.0.1/")
     },
+    "a password in an address": (
+        "pools:\n  demo: {upstreams: [{url: 'http://user:p@ss/w@a'}]}",
+        (
+            'a.yaml:2 pools.demo.upstreams[0].url: "http://…@a" is no address, '
+            "expected one such as http://10.0.0.7:8000, without /v1"
+        ),
+    ),
     "an organisation without a team": (
         "organisations:\n  acm: {plan: free}\n" + PLANS + TEAMS,
         'a.yaml:2 organisations.acm: "acm" has no team, expected one of acme',

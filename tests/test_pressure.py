@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pressure import Level, Pressure, memory_used, most_connections
+from gateway.pressure import Level, Pressure, memory_groups, memory_used, most_connections
 
 
 def share_of(value: float) -> Pressure:
@@ -70,12 +70,22 @@ def test_memory_that_nothing_uses_is_given_back_once_when_it_becomes_scarce() ->
     assert given == [0.81, 0.9]
 
 
-def group(root: Path, name: str, limit: str, used: int, inactive: int) -> None:
+def group(root: Path, name: str, limit: str, used: int, inactive: int = 0) -> None:
+    """A control group as version 2 shows it."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{used}\n")
     (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\nfile 7\n")
+
+
+def group_v1(root: Path, name: str, limit: int, used: int, inactive: int = 0) -> None:
+    """One as version 1 does: `inactive_file` is its own alone, `total_inactive_file` has those of the groups below."""
+    folder = root / "memory" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {inactive}\n")
 
 
 @pytest.fixture
@@ -87,23 +97,86 @@ def proc(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "limit", "share"),
-    [("pods/one", "1000", 0.5), ("pods/one", "max", 0.0), (".", "1000", 0.5), ("elsewhere", "1000", 0.0)],
+    [
+        ("pods/one", "1000", 0.5),
+        ("pods", "1000", 0.5),
+        (".", "1000", 0.5),
+        ("pods/one", "max", 0.0),
+        ("pods/one/below", "1000", 0.0),
+        ("elsewhere", "1000", 0.0),
+    ],
 )
-def test_memory_is_that_of_the_control_group_without_what_the_kernel_can_drop(
+def test_memory_is_that_of_the_group_and_all_above_it_without_what_the_kernel_can_drop(
     proc: Path, name: str, limit: str, share: float
 ) -> None:
     group(proc / "root", name, limit, 800, 300)
     assert memory_used(proc, proc / "root") == share
 
 
-def test_the_group_that_is_nearer_to_its_end_counts(proc: Path) -> None:
-    group(proc / "root", "pods/one", "2000", 800, 0)
-    group(proc / "root", ".", "1000", 900, 0)
-    assert memory_used(proc, proc / "root") == 0.9
+@pytest.mark.parametrize("nearest", ["pods/one", "pods", "."])
+def test_of_all_groups_the_one_that_is_nearest_to_its_end_counts(proc: Path, nearest: str) -> None:
+    """However large its limit is: what others use of it is used."""
+    for name, limit in (("pods/one", 1000), ("pods", 4000), (".", 9000)):
+        group(proc / "root", name, str(limit), limit * 96 // 100 if name == nearest else limit // 10)
+    assert memory_used(proc, proc / "root") == 0.96
+    assert [one.share for one in memory_groups(proc, proc / "root")].index(0.96) == ["pods/one", "pods", "."].index(
+        nearest
+    )
+
+
+def test_workers_shed_when_a_group_above_theirs_is_nearly_full(proc: Path) -> None:
+    group(proc / "root", "pods/one", "max", 100)
+    pressure = Pressure(lambda: memory_used(proc, proc / "root"), lambda: None)
+    for used, level in ((700, Level.NONE), (850, Level.CLOSING), (920, Level.REFUSING), (990, Level.DEAF)):
+        group(proc / "root", "pods", "1000", used)
+        pressure.look()
+        assert pressure.level == level
+
+
+@pytest.mark.parametrize(
+    ("controllers", "name", "share"),
+    [
+        ("memory", "pods/one", 0.5),
+        ("memory", "pods", 0.5),
+        ("memory", ".", 0.5),  # what a container sees, whatever its group is called outside
+        ("cpu,memory", "pods/one", 0.5),
+        ("cpu", "pods/one", 0.0),
+    ],
+)
+def test_groups_of_the_first_version_are_read_too(proc: Path, controllers: str, name: str, share: float) -> None:
+    (proc / "cgroup").write_text(f"5:pids:/x\n4:{controllers}:/pods/one\n1:name=systemd:/user.slice\n0::/\n")
+    for other in ("pods/one", "pods", "."):
+        group_v1(proc / "root", other, 9223372036854771712, 800)  # this version's word for no limit
+    group_v1(proc / "root", name, 1000, 800, 300)
+    assert memory_used(proc, proc / "root") == share
+    assert len(memory_groups(proc, proc / "root")) == (share > 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "share"),
+    [
+        ("0::/pods:one/a b", 0.9),
+        ("0::/../../outside", 0.1),  # of a namespace that it is not in
+        ("0::/gone (deleted)", 0.1),
+        ("0::", 0.1),
+        ("", 0.0),
+    ],
+)
+def test_a_group_of_any_name_has_the_root_above_it(proc: Path, own: str, share: float) -> None:
+    (proc / "cgroup").write_text(own)
+    group(proc / "root", "pods:one/a b", "1000", 900)
+    group(proc / "root", ".", "1000", 100)
+    assert memory_used(proc, proc / "root") == share
+
+
+def test_a_group_that_may_have_nothing_is_full(proc: Path) -> None:
+    group(proc / "root", "pods/one", "0", 4096)
+    assert memory_used(proc, proc / "root") >= 1
 
 
 def test_without_limits_nothing_is_used(proc: Path) -> None:
     assert memory_used(proc, proc / "nowhere") == 0.0
+    assert memory_used(proc / "nowhere", proc / "nowhere") == 0.0
 
 
 def test_of_the_files_that_there_are_each_connection_has_two() -> None:

@@ -36,6 +36,14 @@ AN_ADDRESS = (
 A_PORT = "a host, and a port that is a number"
 A_SERVICE = "at its end the name of the service that the Sentinels watch: redis+sentinel://host:port/service"
 ONE_HOST = "one host; an address of several begins with redis+sentinel:// or redis+cluster://"
+A_HASH = "%23 for a # in a password"
+AN_OPTION = (
+    "after a ? one of client_name, db, password, username, each with a value that fits; %3F for a ? in a password"
+)
+A_TLS_OPTION = AN_OPTION.replace(
+    "username,",
+    "username, ssl_cert_reqs, ssl_check_hostname, ssl_ca_certs, ssl_ca_path, ssl_certfile, ssl_keyfile, ssl_password,",
+)
 WRONG_ADDRESSES = {
     "http://:canary@valkey": AN_ADDRESS,
     "canary": AN_ADDRESS,
@@ -52,16 +60,27 @@ WRONG_ADDRESSES = {
     "redis://:canary@one,two": ONE_HOST,
     "redis://:canary@one/canary": "a database that is a number",
     "redis+sentinel://one/limits/canary": "a database that is a number",
+    "redis://u:12#canary@one": A_HASH,
+    "redis://:canary@one?foo=bar": AN_OPTION,
+    "redis://one?canary=": AN_OPTION,
+    "redis://:canary@one?db=canary": AN_OPTION,
+    "redis://u:12?canary@one": AN_OPTION,
+    "redis+cluster://one?socket_timeout=1": AN_OPTION,
+    "redis://one?ssl_ca_certs=/canary": AN_OPTION,
+    "unix:///run/valkey.sock?path=/canary": AN_OPTION,
+    "rediss://one?ssl_cert_reqs=canary": A_TLS_OPTION,
     "redis+cluster://:canary@one/1": "no database, or 0: a cluster has no other",
 }
 ADDRESSES = [
     "redis://valkey",
-    "redis://user:p%40ss@valkey:6380/1?ssl_cert_reqs=none",
+    "rediss://user:p%40ss@valkey:6380/1?ssl_cert_reqs=none",
     "rediss://[::1]:6379",
     "unix:///run/valkey.sock",
     "redis+sentinel://one,two:26380,[fd00::3]:26379/limits",
     "rediss+sentinel://user:pass@one:1/limits/3",
     "redis+cluster://one",
+    "redis://one?db=3&client_name=gateway",
+    "rediss+sentinel://one/limits?ssl_ca_certs=/etc/ca.pem&ssl_check_hostname=false&password=p%23ss",
     "rediss+cluster://:pass@one:1,two:2/0",
 ]
 MISTAKES = {

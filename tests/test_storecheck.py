@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import pytest
 
 from gateway.embedded import _server_binary
 from gateway.findings import Finding
-from gateway.storecheck import _JUDGES, Server, _latency, _replicas, store_findings
+from gateway.storecheck import _JUDGES, Server, _judge, _latency, _replicas, store_findings
+from gateway.topology import Cluster, Sentinels, Topology
 from tests.proving import stores
 from tests.proving.chaos import Chaos
 from tests.proving.stores import node
@@ -28,7 +29,15 @@ WELL: Mapping[str, Any] = {
     "connected_clients": 50,
     "maxclients": 10_000,
 }
+PASSWORD = "of-the-tests"
 SERVER = Server("one:6379", WELL, {"appendfsync": "everysec", "save": ""}, [0.0002] * 100, 0.001)
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[int]:
+    """The port of a server that wants a password."""
+    with node(_server_binary(), requirepass=PASSWORD) as one:
+        yield one.port
 
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:
@@ -89,10 +98,19 @@ def test_a_log_that_is_never_synced_is_told() -> None:
     assert (found.check, found.verdict, found.found) == ("store.persistence", "warning", "AOF on, appendfsync no")
 
 
-@pytest.mark.parametrize(("skew", "verdict"), [(0.9, "ok"), (1.1, "warning"), (-3600.0, "warning")])
-def test_clocks_that_differ_are_told(skew: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("skew", "verdict", "told"),
+    [
+        (-0.0001, "ok", "+0 ms"),
+        (0.9, "ok", "+900 ms"),
+        (1.1, "warning", "+1100 ms"),
+        (-299.0, "warning", "-299 s"),
+        (-3600.0, "error", "-3,600 s"),
+    ],
+)
+def test_clocks_that_differ_are_told_and_by_minutes_they_are_an_error(skew: float, verdict: str, told: str) -> None:
     found = by_check([judge(replace(SERVER, skew=skew)) for judge in _JUDGES])["store.clock"]
-    assert (found.verdict, found.found) == (verdict, f"{skew * 1000:+.0f} ms against this machine")
+    assert (found.verdict, found.found) == (verdict, f"{told} against this machine")
 
 
 @pytest.mark.parametrize(
@@ -118,6 +136,8 @@ def test_a_slow_store_is_judged_by_what_a_request_waits_for_it(pings: list[float
         ({}, True, "warning", "no replica"),
         ({"connected_slaves": 1, "slave0": {"state": "online"}}, True, "ok", "1 of 1 replicas online"),
         ({"connected_slaves": 1, "slave0": {"state": "wait_bgsave"}}, False, "warning", "0 of 1 replicas online"),
+        ({"connected_slaves": 1, "slave0": {"state": "online", "lag": 2}}, True, "ok", "1 of 1 replicas online"),
+        ({"connected_slaves": 1, "slave0": {"state": "online", "lag": 60}}, True, "warning", "0 of 1 replicas online"),
     ],
 )
 def test_replicas_are_wanted_where_somebody_would_promote_them(
@@ -125,6 +145,16 @@ def test_replicas_are_wanted_where_somebody_would_promote_them(
 ) -> None:
     one = _replicas(replace(SERVER, info={**WELL, **said}), several=several)
     assert (one.verdict, one.found) == (verdict, found)
+
+
+@pytest.mark.parametrize("kind", [Topology, Sentinels])
+def test_a_node_of_a_cluster_that_is_asked_as_if_it_were_alone_is_an_error(kind: type[Topology]) -> None:
+    """The probe may be its own by chance, and most organisations are not."""
+    server = replace(SERVER, info={**WELL, "cluster_enabled": 1})
+    alone = by_check(_judge(server, DEADLINE, object.__new__(kind)))["store.cluster"]
+    assert (alone.verdict, alone.expected) == ("error", "redis+cluster:// before its address")
+    assert "store.cluster" not in by_check(_judge(server, DEADLINE, object.__new__(Cluster)))
+    assert "store.cluster" not in by_check(_judge(SERVER, DEADLINE, object.__new__(kind)))
 
 
 # — real ones
@@ -154,6 +184,40 @@ async def test_a_store_that_is_not_there_is_one_finding_and_its_password_is_none
         ("store", "127.0.0.1:1", "error", "the store refuses the connection")
     ]
     assert "of-the-tests" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("address", "found", "do"),
+    [
+        ("redis://127.0.0.1:{port}", "the store wants a password", "the user and the password in GATEWAY_REDIS_URL"),
+        ("redis://:of-the-tests-too@127.0.0.1:{port}", "the store refuses the password", "the user and the password"),
+        ("redis://:of-the-tests@127.0.0.1:{port}/99", "the store has no database of that number", "the database at"),
+        (
+            "redis+cluster://:of-the-tests@127.0.0.1:{port}",
+            "the store is no cluster, expected redis:// before its address",
+            "GATEWAY_REDIS_URL: its beginning",
+        ),
+        (
+            "redis+sentinel://:of-the-tests@127.0.0.1:{port}/limits",
+            "the store is no Sentinel, expected redis:// before its address",
+            "GATEWAY_REDIS_URL: its beginning",
+        ),
+        ("redis://no-such-host.invalid", "the store has a name that does not resolve", "DNS"),
+    ],
+)
+async def test_what_to_do_goes_by_why_a_store_does_not_do_its_work(
+    guarded: int, address: str, found: str, do: str
+) -> None:
+    one = (await store_findings(address.format(port=guarded), DEADLINE))[0]
+    assert (one.check, one.verdict, one.found, one.do[: len(do)]) == ("store", "error", found, do)
+    assert PASSWORD not in repr(one)
+
+
+async def test_what_to_do_about_a_store_that_is_full_is_room() -> None:
+    with node(_server_binary(), maxmemory="1mb") as one:
+        found = by_check(await store_findings(one.url, DEADLINE))
+    assert (found["store.scripts"].found, found["store.memory"].verdict) == ("the store is full (maxmemory)", "error")
+    assert found["store.scripts"].do == found["store.memory"].do
 
 
 async def test_a_store_that_falls_silent_is_told_soon(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +256,11 @@ async def test_sentinels_are_well_with_a_quorum_and_an_error_without() -> None:
         assert verdicts(found) == {"store.persistence": "warning"}
         assert by_check(found)["store.sentinels"].found == "3 of 3 in GATEWAY_REDIS_URL answer and have a quorum"
         assert by_check(found)["store.replicas"].found == "2 of 2 replicas online"
+
+        other = await store_findings(watched.url.replace(stores.SERVICE, "other"), DEADLINE)
+        assert other[0].found == 'the store has no primary "other" that a Sentinel knows'
+        to_do = [one.do for one in other if one.check == "store" or one.verdict == "warning"]
+        assert to_do == ["the name at the end of GATEWAY_REDIS_URL, as `sentinel monitor` has it"] * 4
 
         alone = f"redis+sentinel://127.0.0.1:{watched.sentinels[0].port}/{stores.SERVICE}"
         assert verdicts(await store_findings(alone, DEADLINE))["store.sentinels"] == "warning"

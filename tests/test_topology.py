@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
 import time
@@ -151,6 +152,11 @@ ANSWERS = {
     "ERR AUTH <password> called without any password configured": "refuses the password",
     "ERR This instance has cluster support disabled": "is no cluster, expected redis:// before its address",
     "MOVED 1 canary:6379": "is a node of a cluster, expected redis+cluster:// before its address",
+    "ERR DB index is out of range": "has no database of that number",
+    "ERR No such master with that name": "knows no service of that name",
+    "ERR unknown command 'SENTINEL', with args beginning with: 'canary'": (
+        "is no Sentinel, expected redis:// before its address"
+    ),
     "WRONGTYPE Operation against a key holding the wrong kind of value": None,
     "ERR unknown command 'canary'": None,
     "CROSSSLOT Keys in request don't hash to the same slot": None,
@@ -162,6 +168,8 @@ LOST = {
     TimeoutError(): "does not answer",
     certificate("certificate has expired"): "has a certificate that is not accepted: certificate has expired",
     ssl.SSLError("canary"): "does not speak TLS as expected",
+    socket.gaierror(-2, "canary"): "has a name that does not resolve",
+    redis.exceptions.InvalidResponse("canary"): "does not speak the protocol of Redis",
     OSError("canary"): "lost the connection",
     NotFound("has no primary at the moment"): "has no primary at the moment",
 }

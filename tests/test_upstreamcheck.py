@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import ssl
 import subprocess
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from gateway.findings import Finding
 from gateway.reading import read
 from gateway.reload import policies_of
 from gateway.upstreamcheck import each, upstream_findings
+from gateway.wire import trusting
 from tests.proving.backend import Backend, Peer, ok
 from tests.proving.house import DOCUMENTS
 
@@ -52,6 +56,8 @@ def answer(status: bytes) -> bytes:
         (None, b"/v1/models", b"200", "upstream.answer", "ok", "GET /v1/models: HTTP 200"),
         (None, b"/v1/models", b"404", "upstream.answer", "ok", "GET /v1/models: HTTP 404"),
         (None, b"/v1/models", b"502", "upstream.answer", "error", "GET /v1/models: HTTP 502"),
+        (None, b"/v1/models", b"301", "upstream.answer", "error", "GET /v1/models: HTTP 301: it sends elsewhere"),
+        (None, b"/v1/models", b"407", "upstream.credential", "error", "GET /v1/models: HTTP 407: refused"),
         ("/health", b"/health", b"204", "upstream.answer", "ok", "GET /health: HTTP 204"),
         ("/health", b"/health", b"404", "upstream.answer", "error", "GET /health: HTTP 404"),
         (None, b"/v1/models", b"401", "upstream.credential", "error", "GET /v1/models: HTTP 401: refused"),
@@ -171,6 +177,27 @@ async def test_a_certificate_that_nobody_vouches_for_is_told(tmp_path: Path) -> 
         said = await findings(tmp_path, {"upstreams": [{"url": backend.url}]})
     assert [(one.check, one.verdict) for one in said] == [("upstream.certificate", "error")]
     assert "self-signed certificate" in said[0].found
+
+
+async def test_what_is_trusted_is_read_once_and_not_in_the_time_to_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes some 40 ms: sixty upstreams at once were out of time before they began."""
+    context, pem = issued(tmp_path, 90)
+    read = []
+
+    def slow(*files: str | None) -> ssl.SSLContext:
+        read.append(files)
+        time.sleep(0.7)
+        return trusting(*files)
+
+    monkeypatch.setattr("gateway.upstreamcheck._read", lru_cache(slow))
+    async with Backend(Peer.request, ok(b"{}"), tls=context) as backend:
+        tls = {"ca": str(pem), "server_name": "localhost"}
+        pool = {"upstreams": [{"url": backend.url}], "tls": tls, "timeouts": {"connect": "500ms"}}
+        said = await asyncio.gather(*(findings(tmp_path, pool) for _ in range(3)))
+    assert [connected(one) for one in said] == [True] * 3
+    assert read == [(str(pem), None, None)]
 
 
 async def test_one_that_does_not_speak_tls_is_told(tmp_path: Path) -> None:
