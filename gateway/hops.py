@@ -161,7 +161,7 @@ _MOST_MEMBERS = 32
 def _members(state: list[bytes]) -> bytes:
     """A caller's tracestate as one list; empty where it is none, for it is taken whole or not at all.
 
-    It is the callers' and their backends', who have each other's prompts, too: it is passed on, and told to nobody else.
+    It is the caller's, and goes where his prompt goes, as W3C wants it; no span of ours has it, nor any line.
     """
     members = [member for part in b",".join(state).split(b",") if (member := part.strip(b" \t"))]
     keys = {found[1] for member in members if (found := _MEMBER.fullmatch(member))}

@@ -12,7 +12,6 @@ import atexit
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -29,22 +28,12 @@ from gateway.asgi import Cut, Scope, header
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange
 from gateway.lines import Lines
+from gateway.masks import masked
 from gateway.otel import Tracing
 from gateway.settings import SettingsError
 
 if TYPE_CHECKING:
     from gateway.traces import Traces
-
-# Before a key may stand the end of an escape: JSON's \n, or the m of a colour.
-_SECRETS = re.compile(
-    rb"gw_[0-9A-Za-z]{4,}(?:_[0-9A-Za-z]+)?"
-    rb"|(?:(?<![0-9A-Za-z])|(?<=\\[bfnrt])|(?<=[0-9]m))(?:sk|fw|pk)[-_][0-9A-Za-z_-]{8,}"
-    rb"|(?:[Bb]earer|[Bb]EARER)\s+[^\s\"'\\,]+"
-)
-_MASK = b"[masked]"
-# No line with a key is without one of these, and looking for them costs a tenth of the pattern.
-_HINTS = (b"gw_", b"sk-", b"sk_", b"fw-", b"fw_", b"pk-", b"pk_", b"earer", b"EARER")
-
 
 _PATIENCE = 1.0  # seconds that the end of the process waits for lines to be taken
 
@@ -203,13 +192,6 @@ def _limits(lease: Lease) -> dict[str, Any]:
     return said | {"limits.degraded": True} if lease.degraded else said
 
 
-def _masked(line: bytes) -> bytes:
-    for hint in _HINTS:
-        if hint in line:
-            return _SECRETS.sub(_MASK, line)
-    return line
-
-
 _Render = Callable[[Any, str, MutableMapping[str, Any]], bytes]
 
 
@@ -218,7 +200,7 @@ def _json(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
         text = msgspec.json.encode(event)
     else:  # whatever others log: msgspec refuses half characters, and hides bytes in base64 where no mask finds a key
         text = json.dumps(event, default=repr, ensure_ascii=False, skipkeys=True).encode("utf-8", "backslashreplace")
-    return _masked(text)
+    return masked(text)
 
 
 class _People:
@@ -229,8 +211,8 @@ class _People:
 
     def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
         if event.get("event") == "http_access":
-            return _masked(_row(event).encode())
-        return _masked(str(self._console(logger, method, event)).encode("utf-8", "backslashreplace"))
+            return masked(_row(event).encode())
+        return masked(str(self._console(logger, method, event)).encode("utf-8", "backslashreplace"))
 
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"

@@ -175,7 +175,17 @@ def test_a_state_that_is_one_goes_on_in_one_line(given: list[bytes], expected: b
 @pytest.mark.parametrize(
     "given",
     [
-        *([b""], [b" , "], [b"foo"], [b"foo=,bar=3"], [b"=1"], [b"foo =1"], [b"FOO=1"], [b"foo.bar=1"], [b"@foo=1,a=2"]),
+        *(
+            [b""],
+            [b" , "],
+            [b"foo"],
+            [b"foo=,bar=3"],
+            [b"=1"],
+            [b"foo =1"],
+            [b"FOO=1"],
+            [b"foo.bar=1"],
+            [b"@foo=1,a=2"],
+        ),
         *([b"foo=bar=baz"], [b"foo=\xc3\xa9"], [b"foo=1\x7f"], [b"foo=1,foo=2"], [b"foo=1", b"foo=1"]),
         *([b"foo=1", b"z" * 257 + b"=1"], [b"foo=1", b"z=" + b"v" * 257], [b",".join(b"k%d=1" % n for n in range(33))]),
         [b"a prompt that somebody put there"],
