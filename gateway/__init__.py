@@ -13,7 +13,7 @@ floor 3, resources: tallies, metrics, topology, store, embedded, keys, drains, a
 floor 4, exchange:  exchange, proxy
 floor 5, process:   lines, spans, traces, telemetry, meters, reload, echoes, echo, openapi, reference, app, server,
                     serving, pipes, worker, supervisor, console, queries, charts, reports, exporting, storecheck,
-                    upstreamcheck, hostcheck, doctor, figures, forms, shelf, operations, admin, cli
+                    upstreamcheck, hostcheck, tracecheck, doctor, figures, forms, shelf, operations, admin, cli
 """
 
 __version__ = "0.1.0"

@@ -29,6 +29,7 @@ from gateway.console import (
     PoliciesOption,
     StateOption,
     cell,
+    check_tracing,
     embedded_of,
     fail,
     listen,
@@ -200,6 +201,7 @@ def _serve(settings: Settings, started: Started) -> None:
 
     from gateway import telemetry
 
+    check_tracing()
     telemetry.set_up(settings.log)
     listener = listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
@@ -496,7 +498,7 @@ app.add_typer(exports_app, name="exports")
 
 @app.command()
 def doctor(as_json: JsonOption = False, policies: PoliciesOption = None, state: StateOption = None) -> None:
-    """Check the store, policies, upstreams, exports, clocks, files, disk, ports and memory, and say what to do."""
+    """Check store, policies, upstreams, exports, traces, clocks, files, disk, ports and memory, and say what to do."""
     import msgspec
 
     from gateway.doctor import examine, show

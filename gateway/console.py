@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -53,6 +54,17 @@ def read_settings(**given: Any) -> Settings:
     """The settings, where what is given and not None comes before the environment."""
     try:
         return Settings.read(**given)
+    except SettingsError as error:
+        fail(str(error), USAGE)
+
+
+def check_tracing() -> None:
+    """End the command where OpenTelemetry's variables ask for traces that cannot be had."""
+    from gateway import telemetry
+
+    try:
+        if (asked := telemetry.tracing(os.environ)) is not None:
+            telemetry.trusted(asked)
     except SettingsError as error:
         fail(str(error), USAGE)
 

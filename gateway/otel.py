@@ -57,7 +57,12 @@ class Tracing:
     delay: float = 5.0
 
     def __repr__(self) -> str:
-        return f"<Tracing to {urlsplit(self.endpoint).hostname}, {self.ratio:g} of all>"  # the headers hold a key
+        return f"<Tracing to {self.where}, {self.ratio:g} of all>"  # the headers hold a key
+
+    @property
+    def where(self) -> str:
+        """The collector's host and port, without what an address may hold beside it."""
+        return urlsplit(self.endpoint).netloc.rpartition("@")[2]
 
     @classmethod
     def read(cls, environment: Mapping[str, str], version: str) -> Tracing | None:

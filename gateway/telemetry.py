@@ -12,10 +12,12 @@ import atexit
 import json
 import logging
 import os
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -31,6 +33,7 @@ from gateway.lines import Lines
 from gateway.masks import masked
 from gateway.otel import Tracing
 from gateway.settings import SettingsError
+from gateway.wire import trusting
 
 if TYPE_CHECKING:
     from gateway.traces import Traces
@@ -118,22 +121,47 @@ def observer(traces: Traces | None = None) -> Callable[[Exchange, Scope], None]:
     return observe
 
 
+def tracing(environment: Mapping[str, str]) -> Tracing | None:
+    """What OpenTelemetry's variables ask for; None where that is no traces. Raises SettingsError, also where its
+    library is not installed, which is not imported here."""
+    found = Tracing.read(environment, __version__)
+    if found is not None and not all(map(_installed, ("google.protobuf", "opentelemetry.proto.trace.v1.trace_pb2"))):
+        raise SettingsError(
+            "traces are asked for (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT), and opentelemetry-proto is not "
+            "installed: install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER=none"
+        )
+    return found
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is a part of is not there
+        return False
+
+
+def trusted(tracing: Tracing) -> ssl.SSLContext | bool:
+    """What a collector is verified by. A plain one needs nothing, and the system's certificates take 45 ms to read.
+    Raises SettingsError for certificates that cannot be read."""
+    if tracing.endpoint.startswith("http:"):
+        return False
+    try:
+        return trusting(tracing.ca, tracing.certificate, tracing.key)
+    except OSError as error:
+        raise SettingsError(f"OTEL_EXPORTER_OTLP_CERTIFICATE or its kin: {error}") from error
+
+
 def traces(environment: Mapping[str, str]) -> Traces | None:
     """What records traces, where OpenTelemetry's variables ask for them. Its library is imported only then.
 
     To be called in an event loop. Raises SettingsError.
     """
-    tracing = Tracing.read(environment, __version__)
-    if tracing is None:
+    asked = tracing(environment)
+    if asked is None:
         return None
-    try:
-        from gateway.traces import Traces
-    except ImportError as error:
-        raise SettingsError(
-            "traces are asked for (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT), and opentelemetry-proto is not "
-            "installed: install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER=none"
-        ) from error
-    return Traces(tracing)
+    from gateway.traces import Traces
+
+    return Traces(asked, trusted(asked))
 
 
 def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:

@@ -42,10 +42,8 @@ from gateway.exchange import Exchange
 from gateway.hops import RANDOM, SAMPLED, parent_of
 from gateway.masks import masked_text
 from gateway.otel import NO_LOSSES, Loss, Tracing
-from gateway.settings import SettingsError
 from gateway.spans import Span, Value, names, spans_of
 from gateway.upstream import retry_after
-from gateway.wire import trusting
 
 PATIENCE = 3.0  # seconds that the end of the process waits for a collector
 _SELDOM = 60.0  # seconds between two lines that say that something was lost
@@ -75,13 +73,13 @@ class Failure(NamedTuple):
 class Traces:
     """The traces of one worker. `losses` are the spans that no collector has taken, by the reason."""
 
-    def __init__(self, tracing: Tracing) -> None:
-        """To be made in an event loop. Raises SettingsError for certificates that cannot be read."""
+    def __init__(self, tracing: Tracing, trust: ssl.SSLContext | bool) -> None:
+        """To be made in an event loop. `trust` is what the collector is verified by."""
         self.samples = tracing.sampled
         self.losses: dict[Loss, int] = dict(NO_LOSSES)
         self._tracing = tracing
         self._names = names(latest=tracing.latest)
-        self._client = httpx.AsyncClient(verify=_trust(tracing), timeout=tracing.timeout, trust_env=False)
+        self._client = httpx.AsyncClient(verify=trust, timeout=tracing.timeout, trust_env=False)
         self._headers = {**tracing.headers, "content-type": "application/x-protobuf"}
         if tracing.gzip:
             self._headers["content-encoding"] = "gzip"
@@ -194,7 +192,7 @@ class Traces:
         try:
             async with asyncio.timeout(within):
                 answer = await self._client.post(self._tracing.endpoint, content=body, headers=self._headers)
-        except (httpx.HTTPError, TimeoutError, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
             return Failure("unavailable", f"the collector cannot be reached ({type(error).__name__})", again=0.0)
         if answer.is_success:
             return answer.content
@@ -223,16 +221,6 @@ def _over(task: asyncio.Task[None]) -> None:
     """It has ended before it was to: nobody would hear of it otherwise, but of a queue that is full."""
     if not task.cancelled() and (defect := task.exception()) is not None:
         _log.error("task_died", task=repr(task), exc_info=defect)
-
-
-def _trust(tracing: Tracing) -> ssl.SSLContext | bool:
-    """What a collector is verified by. A plain one needs nothing, and the system's certificates take 45 ms to read."""
-    if tracing.endpoint.startswith("http:"):
-        return False
-    try:
-        return trusting(tracing.ca, tracing.certificate, tracing.key)
-    except OSError as error:
-        raise SettingsError(f"OTEL_EXPORTER_OTLP_CERTIFICATE or its kin: {error}") from error
 
 
 # — as protobuf

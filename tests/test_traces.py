@@ -22,7 +22,7 @@ from gateway.console import run_or_exit
 from gateway.settings import SettingsError
 from tests.proving.backend import EVENTS, Backend, Peer, Step, chunk, completion, forever, ok, token
 from tests.proving.collector import Collector, Taken, collector
-from tests.proving.commands import free_port
+from tests.proving.commands import Place, free_port
 from tests.proving.house import MODEL, House, documents, gateway
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -548,6 +548,15 @@ def test_a_missing_library_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "opentelemetry.proto.trace.v1.trace_pb2", None)
     with pytest.raises(SettingsError, match="install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER"):
         telemetry.traces({"OTEL_TRACES_EXPORTER": "otlp"})
+
+
+def test_it_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://c:1", "OTEL_EXPORTER_OTLP_CERTIFICATE": "none.pem"}
+    done = Place(tmp_path).run("serve", **asked)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gateway: OTEL_EXPORTER_OTLP_CERTIFICATE or its kin: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / ".gateway").exists()
 
 
 def test_a_gateway_does_not_start_with_variables_that_it_does_not_understand(
