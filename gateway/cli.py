@@ -33,6 +33,7 @@ from gateway.console import (
     embedded_of,
     fail,
     listen,
+    mask_defects,
     own_signals,
     read_policies,
     read_settings,
@@ -40,6 +41,7 @@ from gateway.console import (
     silence,
     store_of,
     table,
+    tell_defect,
     with_keys,
     with_store,
 )
@@ -84,7 +86,12 @@ AdminPortOption = Annotated[
 
 def main() -> NoReturn:
     """The `gateway` command."""
-    app()
+    mask_defects()
+    try:
+        app()
+    except Exception as defect:
+        tell_defect(defect)
+        sys.exit(WRONG)
     sys.exit(0)
 
 

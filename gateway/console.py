@@ -12,7 +12,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ import typer
 from gateway.documents import PolicyError
 from gateway.embedded import Embedded
 from gateway.errors import GatewayError, StoreUnavailable
+from gateway.masks import masked_text
 from gateway.settings import Settings, SettingsError, pepper
 from gateway.store import Store, StoreError
 
@@ -45,6 +48,18 @@ def fail(text: str, code: int) -> NoReturn:
     """End the command with a line on stderr."""
     typer.echo(f"gateway: {text}", err=True)
     raise typer.Exit(code)
+
+
+def mask_defects() -> None:
+    """Have what ends a thread told as Python does, but for what looks like a key: its words may be anybody's."""
+    threading.excepthook = lambda ended: tell_defect(ended.exc_value)
+    sys.unraisablehook = lambda ended: tell_defect(ended.exc_value)
+
+
+def tell_defect(defect: BaseException | None) -> None:
+    """A traceback on stderr, with what looks like a key masked."""
+    if isinstance(defect, Exception):
+        sys.stderr.write(masked_text("".join(traceback.format_exception(defect))))
 
 
 # — what a command works with

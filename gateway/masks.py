@@ -9,10 +9,11 @@ _SECRETS = re.compile(
     rb"gw_[0-9A-Za-z]{4,}(?:_[0-9A-Za-z]+)?"
     rb"|(?:(?<![0-9A-Za-z])|(?<=\\[bfnrt])|(?<=[0-9]m))(?:sk|fw|pk)[-_][0-9A-Za-z_-]{8,}"
     rb"|(?:[Bb]earer|[Bb]EARER)\s+[^\s\"'\\,]+"
+    rb"|(?<=://)[^\s\"'\\/?#@]+(?=@)"  # of an address the name and the password
 )
 _MASK = b"[masked]"
 # No line with a key is without one of these, and looking for them costs a tenth of the pattern.
-_HINTS = (b"gw_", b"sk-", b"sk_", b"fw-", b"fw_", b"pk-", b"pk_", b"earer", b"EARER")
+_HINTS = (b"gw_", b"sk-", b"sk_", b"fw-", b"fw_", b"pk-", b"pk_", b"earer", b"EARER", b"://")
 
 
 def masked(line: bytes) -> bytes:
