@@ -40,7 +40,7 @@ from gateway import __version__
 from gateway.asgi import Scope
 from gateway.exchange import Exchange
 from gateway.hops import RANDOM, SAMPLED, parent_of
-from gateway.masks import masked_text
+from gateway.masks import hinted, masked_text
 from gateway.otel import NO_LOSSES, Loss, Tracing
 from gateway.spans import Span, Value, names, spans_of
 from gateway.upstream import retry_after
@@ -237,7 +237,7 @@ def _encoded(spans: list[Span], trace: bytes, flags: int) -> bytes:
         if parent:
             span.parent_span_id = bytes.fromhex(parent.decode())
         span.flags = flags | (_REMOTE if parent and kind == "server" else _LOCAL)
-        span.name = masked_text(name)
+        span.name = name
         span.kind = _KINDS[kind]
         span.start_time_unix_nano = int(began * 1e9) + shift
         span.end_time_unix_nano = max(int(ended * 1e9), int(began * 1e9)) + shift
@@ -246,21 +246,33 @@ def _encoded(spans: list[Span], trace: bytes, flags: int) -> bytes:
         if failed:
             span.status.code = Status.STATUS_CODE_ERROR
     encoded: bytes = message.SerializeToString()
+    if hinted(encoded):
+        _mask(message)
+        encoded = message.SerializeToString()
     return encoded
+
+
+def _mask(message: ScopeSpans) -> None:
+    """Mask what looks like a key in all texts."""
+    for span in message.spans:
+        span.name = masked_text(span.name)
+        for entry in span.attributes:
+            for value in (entry.value, *entry.value.array_value.values):
+                if value.HasField("string_value"):
+                    value.string_value = masked_text(value.string_value)
 
 
 def _put(entry: KeyValue, key: str, value: Value) -> None:
     entry.key = key
     if isinstance(value, tuple):
         for one in value:
-            entry.value.array_value.values.add().string_value = masked_text(one)
-    elif isinstance(value, str):
-        entry.value.string_value = masked_text(value)
+            entry.value.array_value.values.add().string_value = one
     else:
         setattr(entry.value, _MEMBERS[type(value)], value)
 
 
 _MEMBERS: Mapping[type, str] = {
+    str: "string_value",
     bool: "bool_value",
     int: "int_value",
     float: "double_value",

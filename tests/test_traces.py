@@ -313,6 +313,20 @@ async def test_failures_of_backends_are_failures_of_their_spans(taken: Collector
     }
 
 
+async def test_a_port_that_no_address_names_is_told(taken: Collector, store_url: str) -> None:
+    pools = {scheme: {"upstreams": [{"url": f"{scheme}://127.0.0.77"}]} for scheme in ("http", "https")}
+    policies = documents([], models={scheme: {"pool": scheme} for scheme in pools}, pools=pools)
+    async with opened(store_url, policies) as (_, client):
+        for model in pools:
+            with suppress(openai.InternalServerError):
+                await client.completions.create(model=model, prompt="Hi")
+    asked = [span.said for span in taken.spans if span.kind == CLIENT]
+    assert [(said["server.address"], said["server.port"]) for said in asked] == [
+        ("127.0.0.77", 80),
+        ("127.0.0.77", 443),
+    ]
+
+
 async def test_no_word_of_a_request_or_an_answer_nor_a_key_nor_a_user_is_told(taken: Collector, store_url: str) -> None:
     async with Backend(always(ok(CHAT.replace(b'"stop"', b'"reason_canary"')))) as backend:
         async with opened(store_url, documents([backend.url])) as (house, client):
@@ -541,6 +555,14 @@ async def test_a_collector_that_hangs_holds_neither_a_request_nor_the_end(
     assert [(line["spans"], line["reason"]) for line in told] == [(1, "the queue is full")], (
         "and then for a minute none"
     )
+
+
+def test_what_is_part_of_a_library_that_is_not_there_is_not_there() -> None:
+    assert [telemetry._installed(name) for name in ("gateway.traces", "gateway.none", "none.at.all")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_missing_library_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
