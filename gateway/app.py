@@ -47,6 +47,7 @@ from gateway.keys import KeyRing
 from gateway.meters import Meters
 from gateway.metrics import OTHER
 from gateway.openapi import openapi
+from gateway.otel import NO_LOSSES
 from gateway.pools import Live
 from gateway.pressure import Level
 from gateway.proxy import Proxy
@@ -342,7 +343,8 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     spool = Spool(settings.spools, most=settings.spool_most)
     await spool.probe()
     admission = Admission(store, spool, reached)
-    meters = Meters(settings.state, live, store, admission.settlements)
+    lost = NO_LOSSES if traces is None else traces.losses
+    meters = Meters(settings.state, live, store, admission.settlements, lost)
     gateway = Gateway(live, store, keys, admission, meters, pseudonym(secret), traces)
     chores = Housekeeping(store, admission, lambda: gateway.live.policies.snapshot, spool, settings.spools)
     with suppress(StoreUnavailable):
@@ -364,9 +366,9 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
         await alerts.aclose()
         await gateway.live.policies.pools.retire()
         await store.aclose()
-        meters.close()
         if traces is not None:
             await traces.aclose()
+        meters.close()
 
 
 def _over(task: asyncio.Future[None]) -> None:

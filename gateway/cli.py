@@ -30,9 +30,11 @@ from gateway.console import (
     PoliciesOption,
     StateOption,
     cell,
+    check_tracing,
     embedded_of,
     fail,
     listen,
+    mask_defects,
     own_signals,
     read_policies,
     read_settings,
@@ -40,6 +42,7 @@ from gateway.console import (
     silence,
     store_of,
     table,
+    tell_defect,
     with_keys,
     with_store,
 )
@@ -86,7 +89,12 @@ AdminPortOption = Annotated[
 
 def main() -> NoReturn:
     """The `gateway` command."""
-    app()
+    mask_defects()
+    try:
+        app()
+    except Exception as defect:
+        tell_defect(defect)
+        sys.exit(WRONG)
     sys.exit(0)
 
 
@@ -203,6 +211,7 @@ def _serve(settings: Settings, started: Started, *, replaceable: bool) -> None:
 
     from gateway import telemetry
 
+    check_tracing()
     telemetry.set_up(settings.log)
     listener = listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
@@ -533,7 +542,7 @@ app.add_typer(exports_app, name="exports")
 
 @app.command()
 def doctor(as_json: JsonOption = False, policies: PoliciesOption = None, state: StateOption = None) -> None:
-    """Check the store, policies, upstreams, exports, clocks, files, disk, ports and memory, and say what to do."""
+    """Check store, policies, upstreams, exports, traces, clocks, files, disk, ports and memory, and say what to do."""
     import msgspec
 
     from gateway.doctor import examine, show

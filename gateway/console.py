@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -22,6 +25,7 @@ import typer
 from gateway.documents import PolicyError
 from gateway.embedded import Embedded
 from gateway.errors import GatewayError, StoreUnavailable
+from gateway.masks import masked_text
 from gateway.settings import Settings, SettingsError, pepper
 from gateway.store import Store, StoreError
 
@@ -46,6 +50,18 @@ def fail(text: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def mask_defects() -> None:
+    """Have what ends a thread told as Python does, but for what looks like a key: its words may be anybody's."""
+    threading.excepthook = lambda ended: tell_defect(ended.exc_value)
+    sys.unraisablehook = lambda ended: tell_defect(ended.exc_value)
+
+
+def tell_defect(defect: BaseException | None) -> None:
+    """A traceback on stderr, with what looks like a key masked."""
+    if isinstance(defect, Exception):
+        sys.stderr.write(masked_text("".join(traceback.format_exception(defect))))
+
+
 # — what a command works with
 
 
@@ -53,6 +69,17 @@ def read_settings(**given: Any) -> Settings:
     """The settings, where what is given and not None comes before the environment."""
     try:
         return Settings.read(**given)
+    except SettingsError as error:
+        fail(str(error), USAGE)
+
+
+def check_tracing() -> None:
+    """End the command where OpenTelemetry's variables ask for traces that cannot be had."""
+    from gateway import telemetry
+
+    try:
+        if (asked := telemetry.tracing(os.environ)) is not None:
+            telemetry.trusted(asked)
     except SettingsError as error:
         fail(str(error), USAGE)
 

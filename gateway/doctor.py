@@ -8,6 +8,7 @@ started, and stopped again.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -30,6 +31,7 @@ from gateway.reload import policies_of
 from gateway.settings import Settings, kept_pepper
 from gateway.store import Store, StoreError
 from gateway.storecheck import store_findings
+from gateway.tracecheck import trace_findings
 from gateway.upstreamcheck import each, upstream_findings
 
 T = TypeVar("T")
@@ -58,6 +60,7 @@ async def examine(settings: Settings, deadline: float = _DEADLINE) -> list[Findi
     control = (settings.admin_host, settings.admin_port, data)
     checks: list[Awaitable[list[Finding]]] = [
         _store_and_upstreams(settings, policies, deadline),
+        _within(deadline, "traces", "the collector", trace_findings(os.environ)),
         _here(deadline, "host.files", lambda: [hostcheck.files(in_flight)]),
         _here(deadline, "host.memory", lambda: [hostcheck.memory(workers)]),
         _here(deadline, "host.disk", lambda: hostcheck.disk(settings.state, settings.spool_most, workers)),

@@ -56,7 +56,7 @@ class Way:
     RFC 9110 section 7.6.3 (Via), RFC 7239 (Forwarded), W3C Trace Context (traceparent, tracestate).
     """
 
-    __slots__ = ("headers", "sampled", "span", "trace_id")
+    __slots__ = ("flags", "headers", "sampled", "span", "trace_id")
 
     def __init__(
         self, scope: Mapping[str, Any], name: bytes, called: bytes, span: bytes, samples: Samples | None = None
@@ -75,21 +75,21 @@ class Way:
             )
         via.append(b"%b %b" % (scope["http_version"].encode(), name))
         found = _parent(parent)
-        trace, flags = (found.trace, found.flags) if found else (span.hex().encode(), b"00")
+        trace, self.flags = (found.trace, found.known) if found else (span.hex().encode(), RANDOM)
         self.sampled = False
         if samples is not None:
             self.sampled = samples(trace, found.sampled if found else None)
-            flags = b"%02x" % (int(flags, 16) & _RANDOM | self.sampled)
+            self.flags = self.flags & ~SAMPLED | self.sampled
         self.trace_id = trace.decode()
         self.span = span[:8].hex().encode()  # the backend's parent: the attempt that asks it
         self.headers: RawHeaders = [
             (b"via", b", ".join(via)),
             (b"forwarded", _forwarded(scope, name)),
             (b"x-request-id", called),
-            (b"traceparent", b"00-%b-%b-%b" % (trace, self.span, flags)),
+            (b"traceparent", b"00-%b-%b-%02x" % (trace, self.span, self.flags)),
         ]
-        if state and found is not None:
-            self.headers.append((b"tracestate", b",".join(state)))
+        if found is not None and (members := _members(state)):
+            self.headers.append((b"tracestate", members))
 
     def again(self, span: bytes) -> None:
         """Go out once more, as another span: eight random bytes."""
@@ -120,7 +120,12 @@ class Parent(NamedTuple):
     @property
     def sampled(self) -> bool:
         """Whether the caller records it."""
-        return bool(int(self.flags, 16) & 1)
+        return bool(self.known & SAMPLED)
+
+    @property
+    def known(self) -> int:
+        """The flags that have a meaning; who makes a span of his own sets no others."""
+        return int(self.flags, 16) & (SAMPLED | RANDOM)
 
 
 def parent_of(headers: RawHeaders) -> Parent | None:
@@ -135,7 +140,8 @@ def _passed(via: bytes, name: bytes) -> bool:
 
 # A later version has the first four fields too, and may have more.
 _PARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
-_RANDOM = 2  # the flag that says that the trace's id is random: it holds whoever samples
+SAMPLED = 1  # the flag that says that a caller records the trace
+RANDOM = 2  # and the one that says that the trace's id is random, as ours are: it holds whoever samples (level 2)
 
 
 def _parent(header: bytes | None) -> Parent | None:
@@ -143,6 +149,23 @@ def _parent(header: bytes | None) -> Parent | None:
     if found is None or (found[0].startswith(b"00") and len(found[0]) != 55):
         return None
     return Parent(found[1], found[2], found[3])
+
+
+# A member of a tracestate. Level 1 allows the @ once, and level 2 wherever it is not the first.
+_MEMBER = re.compile(
+    rb"([a-z0-9][a-z0-9_*/@-]{0,255})=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+)
+_MOST_MEMBERS = 32
+
+
+def _members(state: list[bytes]) -> bytes:
+    """A caller's tracestate as one list; empty where it is none, for it is taken whole or not at all.
+
+    It is the caller's, and goes where his prompt goes, as W3C wants it; no span of ours has it, nor any line.
+    """
+    members = [member for part in b",".join(state).split(b",") if (member := part.strip(b" \t"))]
+    keys = {found[1] for member in members if (found := _MEMBER.fullmatch(member))}
+    return b",".join(members) if len(keys) == len(members) <= _MOST_MEMBERS else b""
 
 
 def _forwarded(scope: Mapping[str, Any], name: bytes) -> bytes:

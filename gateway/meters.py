@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,7 @@ from gateway import __version__
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange
 from gateway.metrics import FOLDER, OTHER, Counters, Gauges, Histograms, Labels, Metrics
+from gateway.otel import Loss
 from gateway.pools import Live
 from gateway.settlements import Settlements
 from gateway.store import Store
@@ -42,7 +44,15 @@ _log = structlog.get_logger("gateway.metrics")
 class Meters:
     """The numbers of one worker, in files of the state folder that workers share."""
 
-    def __init__(self, state: Path, live: Live, store: Store, settlements: Settlements) -> None:
+    def __init__(
+        self,
+        state: Path,
+        live: Live,
+        store: Store,
+        settlements: Settlements,
+        spans_lost: Mapping[Loss, int],
+    ) -> None:
+        """`spans_lost` is looked at as it changes."""
         self._live, self._store, self._settlements = live, store, settlements
         self._failing = False  # whether the files could not be written last
         self.active = 0  # requests that are being answered
@@ -75,6 +85,8 @@ class Meters:
         )
         self._losses = Counters("gateway_store_losses_total", "how often the store was lost")
         self._dropped = Counters("gateway_log_lines_dropped_total", "log lines that nobody took")
+        self._spans_lost = spans_lost
+        self._lost = Counters("gateway_trace_spans_lost_total", "spans that no collector took, and why", "reason")
         for family in (self._overheads, self._lags, self._losses, self._dropped):
             family[()]  # told from the start, as 0
         self._active = Gauges("gateway_http_active_requests", "requests that are being answered", "livesum")
@@ -183,6 +195,8 @@ class Meters:
             self._reloads[(result,)].raise_to(number)
         self._losses[()].raise_to(self._store.losses)
         self._dropped[()].raise_to(dropped())
+        for reason, number in self._spans_lost.items():
+            self._lost[(reason,)].raise_to(number)
 
     def _flush(self) -> None:
         try:

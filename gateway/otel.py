@@ -7,9 +7,12 @@ known here is refused, and not taken for something else. Durations are in millis
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
 from urllib.parse import unquote, urlsplit
 
 from gateway.settings import SettingsError
@@ -26,6 +29,12 @@ _SAMPLERS: Mapping[str, tuple[float | None, bool]] = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
+
+
+# Why spans are lost: there are too many, the collector is away or has no time, it does not take them, or they were left
+# when the process ended.
+Loss = Literal["queue_full", "unavailable", "refused", "ended"]
+NO_LOSSES: Mapping[Loss, int] = MappingProxyType(dict.fromkeys(get_args(Loss), 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,12 @@ class Tracing:
     delay: float = 5.0
 
     def __repr__(self) -> str:
-        return f"<Tracing to {urlsplit(self.endpoint).hostname}, {self.ratio:g} of all>"  # the headers hold a key
+        return f"<Tracing to {self.where}, {self.ratio:g} of all>"  # the headers hold a key
+
+    @property
+    def where(self) -> str:
+        """The collector's host and port, without what an address may hold beside it."""
+        return urlsplit(self.endpoint).netloc.rpartition("@")[2]
 
     @classmethod
     def read(cls, environment: Mapping[str, str], version: str) -> Tracing | None:
@@ -60,7 +74,7 @@ class Tracing:
         batch = _number(environment, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512, 1)
         return cls(
             endpoint=_endpoint(environment),
-            headers=_pairs(*_own(environment, "HEADERS")),
+            headers=_headers(environment),
             resource=_resource(environment, version),
             ratio=ratio,
             by_parent=by_parent,
@@ -87,10 +101,10 @@ class Tracing:
 
 def _asked(environment: Mapping[str, str]) -> bool:
     """Whether there are to be traces: where it is said, or where it is said where they go."""
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
-    exporter = environment.get("OTEL_TRACES_EXPORTER")
-    if exporter not in (None, "", "otlp", "none"):
+    exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    if exporter not in ("", "otlp", "none"):
         raise SettingsError(f'OTEL_TRACES_EXPORTER is "{exporter}", expected otlp or none')
     return exporter == "otlp" or (not exporter and _own(environment, "ENDPOINT")[1] is not None)
 
@@ -108,7 +122,7 @@ def _endpoint(environment: Mapping[str, str]) -> str:
     address = address or "http://localhost:4318"
     try:
         parts = urlsplit(address)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and _PLAIN.fullmatch(address)
     except ValueError:
         fits = False
     if not fits:  # it may hold a password
@@ -137,7 +151,7 @@ def _number(environment: Mapping[str, str], name: str, default: float, least: fl
 
 
 def _sampler(environment: Mapping[str, str]) -> tuple[float, bool]:
-    name = environment.get("OTEL_TRACES_SAMPLER") or "parentbased_always_on"
+    name = environment.get("OTEL_TRACES_SAMPLER", "").strip().lower() or "parentbased_always_on"
     if name not in _SAMPLERS:
         raise SettingsError(f'OTEL_TRACES_SAMPLER is "{name}", expected one of {", ".join(_SAMPLERS)}')
     ratio, by_parent = _SAMPLERS[name]
@@ -146,6 +160,21 @@ def _sampler(environment: Mapping[str, str]) -> tuple[float, bool]:
         if ratio > 1:
             raise SettingsError(f'OTEL_TRACES_SAMPLER_ARG is "{ratio:g}", expected a number from 0 to 1')
     return ratio, by_parent
+
+
+def _headers(environment: Mapping[str, str]) -> dict[str, str]:
+    name, text = _own(environment, "HEADERS")
+    headers = {key.lower(): value for key, value in _pairs(name, text).items()}
+    if not all(_TOKEN.fullmatch(key) and _VALUE.fullmatch(value) for key, value in headers.items()):
+        raise SettingsError(
+            f"{name} has a name or a value that no header has, expected ASCII without control characters"
+        )
+    return headers
+
+
+_PLAIN = re.compile(r"[!-~]+")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_VALUE = re.compile(r"(?:[!-~]+(?:[ \t]+[!-~]+)*)?")
 
 
 def _pairs(name: str, text: str | None) -> dict[str, str]:

@@ -20,9 +20,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -117,12 +115,15 @@ def _exchange(x: Exchange, scope: Scope, *, failed: bool) -> Attributes:
     said: Attributes = {
         "http.request.method": scope["method"],
         "http.route": x.endpoint.path,
-        "http.response.status_code": x.status,
         "url.scheme": scope["scheme"],
         "network.protocol.version": scope["http_version"],
         "gateway.request.id": x.id,
         "gateway.ended": x.ended,
     }
+    if x.started or x.ended != "client":  # who left before has got none
+        said["http.response.status_code"] = x.status
+    if x.endpoint.body != "any":  # of a route the path is a caller's
+        said["url.path"] = scope["raw_path"].decode()
     if (size := x.body if x.upload is None else x.upload.passed) is not None:
         said["http.request.body.size"] = size
     if x.principal is not None:
@@ -153,6 +154,8 @@ def _attempts(x: Exchange, server: bytes, names: Names) -> Iterator[Span]:
         said = asked | _asked(x, tried.model, tried.upstream, again - 1, names)
         if failed := tried.outcome != "cancelled":
             said["error.type"] = tried.outcome
+        if tried.outcome.isdecimal():
+            said["http.response.status_code"] = int(tried.outcome)
         yield Span(_name(x, tried.model), "client", tried.span, server, began, tried.ended, said, failed)
         if tried.outcome.startswith("upstream_connect_"):
             yield _part("connect", tried.span, began, tried.ended, failed=True)
@@ -182,31 +185,25 @@ def _name(x: Exchange, model: Model) -> str:
 
 def _asked(x: Exchange, model: Model, upstream: Upstream, again: int, names: Names) -> Attributes:
     """What is said of every attempt: who was asked, and for what."""
-    host, port = _address(upstream.name)
     said: Attributes = {
         names["operation"]: _OPERATIONS.get(x.endpoint.name, x.endpoint.name),
         names["provider"]: model.api,
         names["model"]: model.name,
         "gateway.pool": model.pool,
-        "server.address": host,
+        "server.address": upstream.address[0],
+        "server.port": upstream.address[1],
     }
-    if port is not None:
-        said["server.port"] = port
     if again:
         said["http.request.resend_count"] = again
     return said
 
 
-@lru_cache(maxsize=1024)
-def _address(name: str) -> tuple[str, int | None]:
-    parts = urlsplit(f"//{name}")
-    return parts.hostname or "", parts.port
-
-
 def _answered(x: Exchange, answer: Answer, first: float, names: Names) -> Attributes:
     """What is said of an answer; `first` is how long its head took, in seconds."""
     usage = x.usage
-    said: dict[str, Value] = {"served_model": answer.model.name, "first_chunk": first}
+    said: dict[str, Value] = {"served_model": answer.model.name}
+    if answer.is_stream:
+        said["first_chunk"] = first
     if reasons := _finish_reasons(answer):
         said["finish_reasons"] = reasons
     if usage.answered:
@@ -238,7 +235,7 @@ class _Numbers(msgspec.Struct):
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: float | None = None  # as version 1.36 has it
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
@@ -257,16 +254,14 @@ def _numbers(request: InferenceRequest, names: Names) -> Attributes:
             asked = _numbers_in.decode(request.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return _told(said, names)
-        most = asked.max_tokens or asked.max_completion_tokens or asked.max_output_tokens
-        said |= {told: value for told in _PLAIN if (value := getattr(asked, told)) is not None}
-        if most is not None:
-            said["max_tokens"] = most
-        if asked.n not in (None, 1):
-            said["n"] = asked.n
+        numbers = msgspec.structs.asdict(asked)
+        numbers["max_tokens"] = asked.max_tokens or asked.max_completion_tokens or asked.max_output_tokens
+        numbers["n"] = None if asked.n == 1 else asked.n
+        said |= {told: number for told, number in numbers.items() if number is not None and abs(number) < _ATTRIBUTE}
     return _told(said, names)
 
 
-_PLAIN = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed")
+_ATTRIBUTE = 2**63  # integers of attributes have 64 bits, and a seed may be any
 
 _END = 4 * 1024  # bytes at the end of an answer in which the reasons of its ends stand
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason)"\s*:\s*"([a-z_]{1,20})"')

@@ -12,11 +12,12 @@ import atexit
 import json
 import logging
 import os
-import re
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -29,22 +30,13 @@ from gateway.asgi import Cut, Scope, header
 from gateway.errors import GatewayError
 from gateway.exchange import Exchange
 from gateway.lines import Lines
+from gateway.masks import masked
 from gateway.otel import Tracing
 from gateway.settings import SettingsError
+from gateway.wire import trusting
 
 if TYPE_CHECKING:
     from gateway.traces import Traces
-
-# Before a key may stand the end of an escape: JSON's \n, or the m of a colour.
-_SECRETS = re.compile(
-    rb"gw_[0-9A-Za-z]{4,}(?:_[0-9A-Za-z]+)?"
-    rb"|(?:(?<![0-9A-Za-z])|(?<=\\[bfnrt])|(?<=[0-9]m))(?:sk|fw|pk)[-_][0-9A-Za-z_-]{8,}"
-    rb"|(?:[Bb]earer|[Bb]EARER)\s+[^\s\"'\\,]+"
-)
-_MASK = b"[masked]"
-# No line with a key is without one of these, and looking for them costs a tenth of the pattern.
-_HINTS = (b"gw_", b"sk-", b"sk_", b"fw-", b"fw_", b"pk-", b"pk_", b"earer", b"EARER")
-
 
 _PATIENCE = 1.0  # seconds that the end of the process waits for lines to be taken
 
@@ -129,22 +121,47 @@ def observer(traces: Traces | None = None) -> Callable[[Exchange, Scope], None]:
     return observe
 
 
+def tracing(environment: Mapping[str, str]) -> Tracing | None:
+    """What OpenTelemetry's variables ask for; None where that is no traces. Raises SettingsError, also where its
+    library is not installed, which is not imported here."""
+    found = Tracing.read(environment, __version__)
+    if found is not None and not all(map(_installed, ("google.protobuf", "opentelemetry.proto.trace.v1.trace_pb2"))):
+        raise SettingsError(
+            "traces are asked for (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT), and opentelemetry-proto is not "
+            "installed: install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER=none"
+        )
+    return found
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # what it is a part of is not there
+        return False
+
+
+def trusted(tracing: Tracing) -> ssl.SSLContext | bool:
+    """What a collector is verified by. A plain one needs nothing, and the system's certificates take 45 ms to read.
+    Raises SettingsError for certificates that cannot be read."""
+    if tracing.endpoint.startswith("http:"):
+        return False
+    try:
+        return trusting(tracing.ca, tracing.certificate, tracing.key)
+    except OSError as error:
+        raise SettingsError(f"OTEL_EXPORTER_OTLP_CERTIFICATE or its kin: {error}") from error
+
+
 def traces(environment: Mapping[str, str]) -> Traces | None:
     """What records traces, where OpenTelemetry's variables ask for them. Its library is imported only then.
 
     To be called in an event loop. Raises SettingsError.
     """
-    tracing = Tracing.read(environment, __version__)
-    if tracing is None:
+    asked = tracing(environment)
+    if asked is None:
         return None
-    try:
-        from gateway.traces import Traces
-    except ImportError as error:
-        raise SettingsError(
-            "traces are asked for (OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT), and opentelemetry-proto is not "
-            "installed: install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER=none"
-        ) from error
-    return Traces(tracing)
+    from gateway.traces import Traces
+
+    return Traces(asked, trusted(asked))
 
 
 def access_fields(x: Exchange, scope: Scope) -> dict[str, Any]:
@@ -203,13 +220,6 @@ def _limits(lease: Lease) -> dict[str, Any]:
     return said | {"limits.degraded": True} if lease.degraded else said
 
 
-def _masked(line: bytes) -> bytes:
-    for hint in _HINTS:
-        if hint in line:
-            return _SECRETS.sub(_MASK, line)
-    return line
-
-
 _Render = Callable[[Any, str, MutableMapping[str, Any]], bytes]
 
 
@@ -218,7 +228,7 @@ def _json(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
         text = msgspec.json.encode(event)
     else:  # whatever others log: msgspec refuses half characters, and hides bytes in base64 where no mask finds a key
         text = json.dumps(event, default=repr, ensure_ascii=False, skipkeys=True).encode("utf-8", "backslashreplace")
-    return _masked(text)
+    return masked(text)
 
 
 class _People:
@@ -229,8 +239,8 @@ class _People:
 
     def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
         if event.get("event") == "http_access":
-            return _masked(_row(event).encode())
-        return _masked(str(self._console(logger, method, event)).encode("utf-8", "backslashreplace"))
+            return masked(_row(event).encode())
+        return masked(str(self._console(logger, method, event)).encode("utf-8", "backslashreplace"))
 
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"

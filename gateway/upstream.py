@@ -72,6 +72,7 @@ class Upstream:
     def __init__(self, policy: PoolPolicy, own: UpstreamPolicy, transport: httpx.AsyncBaseTransport) -> None:
         base = httpx.URL(own.url)
         self.name = base.netloc.decode()
+        self.address = base.host, base.port or {"http": 80, "https": 443}[base.scheme]
         self.transport = transport
         self.in_flight = 0
         self.drained = False  # by command; the policy has a word in it, too
@@ -182,7 +183,7 @@ class Upstream:
 
     def _consider(self, answer: Answer, *, failed: bool, trial: bool) -> None:
         """What an answer's head tells of the upstream. The caller's fault tells nothing but that it answers."""
-        rest = _retry_after(answer.headers) if answer.status in (429, 503) else None
+        rest = retry_after(answer.headers) if answer.status in (429, 503) else None
         if rest is not None:
             self.health.rest(asyncio.get_running_loop().time(), rest)
             failed = False
@@ -443,7 +444,7 @@ def _value(headers: RawHeaders, name: bytes) -> bytes:
     return next((value for key, value in headers if key.lower() == name), b"")
 
 
-def _retry_after(headers: RawHeaders) -> float | None:
+def retry_after(headers: RawHeaders) -> float | None:
     """Seconds to wait (RFC 9110 section 10.2.3), or None where an answer does not say so."""
     told = _value(headers, b"retry-after").decode("latin-1").strip()
     if told.isdecimal():

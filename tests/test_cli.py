@@ -9,6 +9,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ import httpx
 import pytest
 import yaml
 
+from gateway import cli
 from gateway.embedded import _socket_path
 from gateway.identity import key_id_of
 from tests.proving.commands import PATIENCE, ROOT, Place, Running
@@ -379,3 +382,26 @@ def test_the_demo_shows_a_key_once_and_a_line_that_works_when_pasted(place: Plac
         assert [used["requests"] for used in place.json("usage", "--by", "team")] == [2]
         assert demo.end() == 0
     assert port_8000_is_free(), "the backend ends with the demo"
+
+
+def test_a_defect_is_told_with_its_traceback_and_without_what_looks_like_a_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "of sk-proj-canary0123456789 at redis://:canary@host"
+
+    def defect() -> None:
+        raise ZeroDivisionError(text)
+
+    for module, hook in ((threading, "excepthook"), (sys, "unraisablehook")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))  # put back afterwards
+    monkeypatch.setattr(cli, "app", defect)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    thread = threading.Thread(target=defect)
+    thread.start()
+    thread.join()
+    told = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert told.count("Traceback (most recent call last):") == told.count("in defect") == 2
+    assert "canary" not in told
+    assert told.count("ZeroDivisionError: of [masked] at redis://[masked]@host\n") == 2

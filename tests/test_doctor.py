@@ -34,6 +34,7 @@ CHECKS = {
     *("policies", "store", "store.version", "store.eviction", "store.persistence", "store.memory"),
     *("store.connections", "store.clock", "store.latency", "store.replicas", "store.scripts", "keys"),
     *("upstream.connect", "upstream.answer", "host.files", "host.memory", "host.disk", "host.fsync", "host.port"),
+    "traces",
 }
 
 

@@ -21,7 +21,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "h2": ("bridge",),
     "httptools": ("wire", "server"),
     "google": ("traces",),
-    "httpx": ("alerts", "sinks", "wire", "bridge", "upstream", "traces"),
+    "httpx": ("alerts", "sinks", "wire", "bridge", "upstream", "traces", "tracecheck"),
     "opentelemetry": ("traces",),
     "pydantic": ("language", "policy"),
     "prometheus_client": ("metrics", "figures", "admin"),

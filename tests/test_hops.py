@@ -119,7 +119,7 @@ def test_a_later_version_is_read_by_its_first_fields() -> None:
 )
 def test_what_is_no_trace_begins_a_new_one_without_its_state(parent: bytes) -> None:
     found = way((b"traceparent", parent), (b"tracestate", b"a=1"))
-    assert found[b"traceparent"] == b"00-%b-0001020304050607-00" % SPAN.hex().encode()
+    assert found[b"traceparent"] == b"00-%b-0001020304050607-02" % SPAN.hex().encode(), "whose id is random"
     assert b"tracestate" not in found
 
 
@@ -130,7 +130,7 @@ def test_two_parents_are_none() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "samples", "expected"),
-    [(b"01", False, b"00"), (b"00", True, b"01"), (b"03", False, b"02"), (b"fe", True, b"03"), (None, True, b"01")],
+    [(b"01", False, b"00"), (b"00", True, b"01"), (b"03", False, b"02"), (b"fe", True, b"03"), (None, True, b"03")],
 )
 def test_who_samples_says_so_and_leaves_whether_the_id_is_random(
     flags: bytes | None, samples: bool, expected: bytes
@@ -143,14 +143,68 @@ def test_who_samples_says_so_and_leaves_whether_the_id_is_random(
     assert (dict(found.headers)[b"traceparent"][-2:], found.sampled) == (expected, samples)
 
 
+@pytest.mark.parametrize(("flags", "expected"), [(b"00", b"00"), (b"01", b"01"), (b"03", b"03"), (b"fd", b"01")])
+def test_where_nobody_samples_the_callers_word_goes_on_and_flags_that_nobody_knows_do_not(
+    flags: bytes, expected: bytes
+) -> None:
+    assert way((b"traceparent", b"00-%b-%b-%b" % (TRACE, PARENT, flags)))[b"traceparent"][-2:] == expected
+
+
+KEYCHARS = b"abcdefghijklmnopqrstuvwxyz0123456789_-*/"
+VALUECHARS = bytes(byte for byte in range(0x20, 0x7F) if byte not in b",=")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([b"foo=1 \t , \t bar=2,\tbaz=3 "], b"foo=1,bar=2,baz=3"),
+        ([b"", b"foo=1,,", b" "], b"foo=1"),
+        ([b",".join(b"k%d=%d" % (n, n) for n in range(20)), b",".join(b"l%d=1" % n for n in range(12))], None),
+        ([KEYCHARS + b"=" + VALUECHARS], None),
+        ([KEYCHARS + b"@a-z0-9_-*/=" + VALUECHARS], None),
+        ([b"0tenant@vendor=x"], None),
+        ([b"z" * 256 + b"=" + b"v" * 256], None),
+    ],
+)
+def test_a_state_that_is_one_goes_on_in_one_line(given: list[bytes], expected: bytes | None) -> None:
+    lines = [(b"tracestate", line) for line in given]
+    found = way((b"traceparent", b"00-%b-%b-01" % (TRACE, PARENT)), *lines)
+    assert found[b"tracestate"] == (b",".join(given) if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(
+            [b""],
+            [b" , "],
+            [b"foo"],
+            [b"foo=,bar=3"],
+            [b"=1"],
+            [b"foo =1"],
+            [b"FOO=1"],
+            [b"foo.bar=1"],
+            [b"@foo=1,a=2"],
+        ),
+        *([b"foo=bar=baz"], [b"foo=\xc3\xa9"], [b"foo=1\x7f"], [b"foo=1,foo=2"], [b"foo=1", b"foo=1"]),
+        *([b"foo=1", b"z" * 257 + b"=1"], [b"foo=1", b"z=" + b"v" * 257], [b",".join(b"k%d=1" % n for n in range(33))]),
+        [b"a prompt that somebody put there"],
+    ],
+)
+def test_a_state_that_is_none_stays_and_leaves_the_trace_as_it_is(given: list[bytes]) -> None:
+    found = way((b"traceparent", b"00-%b-%b-01" % (TRACE, PARENT)), *((b"tracestate", line) for line in given))
+    assert b"tracestate" not in found
+    assert found[b"traceparent"] == b"00-%b-0001020304050607-01" % TRACE
+
+
 def test_each_time_it_goes_out_as_another_span_of_the_same_trace() -> None:
     scope: dict[str, Any] = {"http_version": "1.1", "scheme": "http", "client": None, "headers": []}
     found = Way(scope, NAME, b"r1", SPAN)
     before = found.headers
     found.again(b"\xff" * 8)
     assert found.span == b"f" * 16
-    assert dict(before)[b"traceparent"] == b"00-%b-0001020304050607-00" % SPAN.hex().encode()
-    assert dict(found.headers)[b"traceparent"] == b"00-%b-ffffffffffffffff-00" % SPAN.hex().encode()
+    assert dict(before)[b"traceparent"] == b"00-%b-0001020304050607-02" % SPAN.hex().encode()
+    assert dict(found.headers)[b"traceparent"] == b"00-%b-ffffffffffffffff-02" % SPAN.hex().encode()
     assert dict(before) | dict(found.headers) == dict(found.headers)
 
 

@@ -28,6 +28,8 @@ def read(**environment: str) -> Tracing:
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_TRACES_EXPORTER": "none"}, False),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "true"}, False),
         ({"OTEL_TRACES_EXPORTER": ""}, False),
+        ({"OTEL_TRACES_EXPORTER": " OTLP"}, True),
+        ({"OTEL_TRACES_EXPORTER": "None", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, False),
     ],
 )
 def test_traces_are_on_where_they_are_asked_for_or_where_it_is_said_where_they_go(
@@ -75,6 +77,23 @@ def test_what_is_not_understood_is_told_with_what_was_expected(environment: dict
     with pytest.raises(SettingsError) as told:
         read(**environment)
     assert expected in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("HEADERS", "a=x%0Ab"), ("HEADERS", "a=caf%C3%A9"), ("HEADERS", "a b=1"), ("HEADERS", "ä=1")),
+        *(("ENDPOINT", "http://a b:1"), ("ENDPOINT", "http://c:4318/\x00"), ("ENDPOINT", "http://é:1")),
+    ],
+)
+def test_what_no_request_can_have_is_told_at_the_start_and_not_with_every_batch(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^OTEL_EXPORTER_OTLP_{name} "):
+        read(**{f"OTEL_EXPORTER_OTLP_{name}": value})
+
+
+def test_names_of_headers_and_of_samplers_are_the_same_in_any_case() -> None:
+    assert read(OTEL_EXPORTER_OTLP_HEADERS="X-Key=A b").headers == {"x-key": "A b"}
+    assert read(OTEL_TRACES_SAMPLER=" Always_Off ").ratio == 0
 
 
 def test_headers_and_addresses_are_not_told_for_they_may_hold_keys() -> None:

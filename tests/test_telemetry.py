@@ -34,6 +34,8 @@ SECRETS = {
     "a bearer": ("Authorization: Bearer canary.of-a/backend==", "canary"),
     "a bearer in capitals": ("BEARER   canary", "canary"),
     "in a list": (f"['{KEY}', 'sk-Canary12345678']", "anary"),
+    "in an address": ("redis://:canary@host:6379/0", "canary"),
+    "in several": ("rediss+sentinel://ann:canary@a:1,b:2/x http://ann:canary@[::1]/y", "canary"),
     "after a line": (f"first line\n{KEY}\nsk-Canary12345678\tsk-Canary12345678", "Canary"),
 }
 
@@ -210,7 +212,11 @@ def test_no_fresh_key_passes(lines: Callable[[str], io.BytesIO], number: int) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["the task-1234567890 ended", "disk_0123456789", "gw_x", "a bearer", "unmasked", "flask-sqlalchemy"]
+    "text",
+    [
+        *("the task-1234567890 ended", "disk_0123456789", "gw_x", "a bearer", "unmasked", "flask-sqlalchemy"),
+        *("http://host:80/a@b", "http://host?a=b@c", "see http://host or ask ann@host"),
+    ],
 )
 def test_what_is_no_secret_is_told(lines: Callable[[str], io.BytesIO], text: str) -> None:
     stream = lines("json")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,12 +17,12 @@ import pytest
 import structlog
 import typer
 
-from gateway import telemetry, traces
+from gateway import metrics, telemetry, traces
 from gateway.console import run_or_exit
 from gateway.settings import SettingsError
 from tests.proving.backend import EVENTS, Backend, Peer, Step, chunk, completion, forever, ok, token
 from tests.proving.collector import Collector, Taken, collector
-from tests.proving.commands import free_port
+from tests.proving.commands import Place, free_port
 from tests.proving.house import MODEL, House, documents, gateway
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -108,11 +109,12 @@ async def test_a_stream_that_another_upstream_answers_is_a_trace_whose_spans_tra
     whole = taken.one("POST /v1/completions")
     first, second = sorted(taken.named(f"text_completion {MODEL}"), key=lambda span: span.began)
     assert {span.trace for span in taken.spans} == {TRACE}
-    assert (whole.kind, whole.parent, whole.flags) == (SERVER, SPAN, 0x301)
+    assert (whole.kind, whole.parent, whole.flags, first.flags) == (SERVER, SPAN, 0x301, 0x101)
     assert (first.kind, first.parent, second.parent) == (CLIENT, whole.id, whole.id)
     assert traceparents(bad) == [["00", TRACE, first.id, "01"]]
     assert traceparents(good) == [["00", TRACE, second.id, "01"]]
     assert (first.said["error.type"], first.said["server.port"]) == ("503", bad.port)
+    assert (first.said["http.response.status_code"], second.said["http.response.status_code"]) == (503, 200)
     assert (second.said["http.request.resend_count"], second.said["server.port"]) == (1, good.port)
     assert "http.request.resend_count" not in first.said
     assert len({span.id for span in taken.spans}) == 7
@@ -129,11 +131,7 @@ async def test_a_stream_that_another_upstream_answers_is_a_trace_whose_spans_tra
         (
             "http, gen_ai_latest_experimental",
             "gen_ai.provider.name",
-            {
-                "gen_ai.usage.cache_read.input_tokens",
-                "gen_ai.usage.reasoning.output_tokens",
-                "gen_ai.response.time_to_first_chunk",
-            },
+            {"gen_ai.usage.cache_read.input_tokens", "gen_ai.usage.reasoning.output_tokens"},
         ),
     ],
 )
@@ -193,12 +191,43 @@ async def test_an_answer_has_its_numbers_and_sizes_in_the_names_of_the_version_t
     whole = taken.named("POST /v1/chat/completions")[0].said
     assert whole == whole | {
         "http.response.status_code": 200,
+        "url.path": "/v1/chat/completions",
         "http.response.body.size": len(CHAT),
         "http.request.body.size": len(backend.requests[0].body) + len("completion_"),  # as the caller wrote it
         "gateway.team": "research",
         "gateway.ended": "complete",
         "gateway.cost_usd": pytest.approx((9 * 1.0 + 4 * 2.0) / 1e6),
     }
+
+
+async def test_a_number_that_no_attribute_holds_is_left_out_and_harms_nobody(taken: Collector, store_url: str) -> None:
+    async with Backend(always(ok(CHAT))) as backend:
+        async with opened(store_url, documents([backend.url])) as (house, client):
+            given = {"model": MODEL, "prompt": "Hi", "top_k": 3, "temperature": 1, "seed": 2**70}
+            async with house.client(client.api_key) as raw:
+                for _ in range(2):  # on one connection
+                    assert (await raw.post("/v1/completions", json=given)).status_code == 200
+                assert len({peer.number for peer in backend.peers}) == 1
+    first, second = (span.said for span in taken.named(f"text_completion {MODEL}"))
+    assert {name: second[name] for name in second if name.startswith("gen_ai.request")} == {
+        "gen_ai.request.model": MODEL,
+        "gen_ai.request.temperature": 1.0,
+        "gen_ai.request.top_k": 3.0,
+    }
+    assert first.keys() == second.keys()
+    assert type(second["gen_ai.request.top_k"]) is float
+
+
+async def test_what_looks_like_a_key_is_masked_in_a_model_that_a_caller_names(taken: Collector, store_url: str) -> None:
+    async with Backend(always(ok(CHAT))) as backend:
+        policies = documents([backend.url], models={"any/*": {"pool": "demo"}})
+        async with opened(store_url, policies) as (_, client):
+            await client.completions.create(model="any/sk-proj-canary0123456789", prompt="Hi")
+            await client.completions.create(model="any/one", prompt="Hi")
+    names = [span.said["gen_ai.request.model"] for span in taken.spans if span.kind == CLIENT]
+    assert names == ["any/[masked]", "any/one"]
+    assert taken.one("text_completion any/[masked]").said["gen_ai.response.model"] == "any/[masked]"
+    assert b"canary" not in b"".join(taken.bodies)
 
 
 async def test_a_refusal_is_a_trace_without_an_attempt_and_no_failure_of_ours(taken: Collector, store_url: str) -> None:
@@ -248,7 +277,10 @@ async def test_a_caller_who_leaves_ends_the_spans_and_is_nobodys_failure(taken: 
     left = taken.one("text_completion silent")
     assert traceparents(silent)[0][2] == left.id
     assert [span.name for span in taken.spans if span.parent == left.id] == []
-    assert [span.said["gateway.ended"] for span in taken.named("POST /v1/completions")] == ["client", "client"]
+    begun, unanswered = taken.named("POST /v1/completions")
+    assert (begun.said["gateway.ended"], unanswered.said["gateway.ended"]) == ("client", "client")
+    assert begun.said["http.response.status_code"] == 200
+    assert "http.response.status_code" not in unanswered.said, "nobody was told one"
 
 
 async def test_failures_of_backends_are_failures_of_their_spans(taken: Collector, store_url: str) -> None:
@@ -279,6 +311,20 @@ async def test_failures_of_backends_are_failures_of_their_spans(taken: Collector
         "text_completion cut": "upstream_disconnected",
         "text_completion none": "upstream_connect_failed",
     }
+
+
+async def test_a_port_that_no_address_names_is_told(taken: Collector, store_url: str) -> None:
+    pools = {scheme: {"upstreams": [{"url": f"{scheme}://127.0.0.77"}]} for scheme in ("http", "https")}
+    policies = documents([], models={scheme: {"pool": scheme} for scheme in pools}, pools=pools)
+    async with opened(store_url, policies) as (_, client):
+        for model in pools:
+            with suppress(openai.InternalServerError):
+                await client.completions.create(model=model, prompt="Hi")
+    asked = [span.said for span in taken.spans if span.kind == CLIENT]
+    assert [(said["server.address"], said["server.port"]) for said in asked] == [
+        ("127.0.0.77", 80),
+        ("127.0.0.77", 443),
+    ]
 
 
 async def test_no_word_of_a_request_or_an_answer_nor_a_key_nor_a_user_is_told(taken: Collector, store_url: str) -> None:
@@ -331,6 +377,25 @@ async def test_backends_are_told_whether_the_trace_is_recorded(
                 pass
     assert [(trace, told) for _, trace, _, told in traceparents(backend)] == [(TRACE, flags)]
     assert len(taken.spans) == spans
+
+
+async def test_a_trace_of_ours_has_a_random_id_no_parent_and_its_first_chunk_timed(
+    taken: Collector, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", "gen_ai_latest_experimental")
+    async with Backend(forever(completion(1))) as backend:
+        async with opened(store_url, documents([backend.url])) as (house, client):
+            async for _ in await client.completions.create(model=MODEL, prompt="a", stream=True):
+                pass
+            async with house.client("gw_nobody") as nobody:
+                await nobody.post("/v1/completions", json={})
+    answered, refused = taken.named("POST /v1/completions")
+    asked = taken.one(f"text_completion {MODEL}")
+    assert [(trace, flags) for _, trace, _, flags in traceparents(backend)] == [(answered.trace, "03")]
+    assert (answered.parent, answered.flags, asked.flags) == ("", 0x103, 0x103)
+    assert (refused.parent, refused.flags) == ("", 0x103)
+    assert 0 < asked.said["gen_ai.response.time_to_first_chunk"] < 30
+    assert asked.said["gen_ai.request.stream"] is True
 
 
 async def test_without_the_variables_nothing_is_made(store_url: str) -> None:
@@ -390,8 +455,14 @@ async def test_a_full_batch_is_sent_at_once_and_the_rest_when_its_time_has_come(
 
 @pytest.mark.parametrize(
     ("answers", "refuses", "requests", "lost"),
-    [([503, 429], 0, 3, 0), ([400], 0, 1, 1), ([], 1, 1, 1)],
-    ids=["away", "refused", "some refused"],
+    [
+        ([503, 429], 0, 3, {}),
+        ([400], 0, 1, {"refused": 1}),
+        ([], 1, 1, {"refused": 1}),
+        ([], 7, 1, {"refused": 1}),
+        ([202], 0, 1, {}),
+    ],
+    ids=["away", "refused", "some refused", "more refused than there were", "taken for later"],
 )
 async def test_a_batch_is_sent_again_where_that_may_help_and_counted_where_it_is_lost(
     taken: Collector,
@@ -400,18 +471,63 @@ async def test_a_batch_is_sent_again_where_that_may_help_and_counted_where_it_is
     answers: list[int],
     refuses: int,
     requests: int,
-    lost: int,
+    lost: dict[str, int],
 ) -> None:
     monkeypatch.setattr(traces, "_BACK_OFF", 0.01)
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
     taken.answers, taken.refuses = answers, refuses
     async with gateway(store_url, IDLE) as house:
         await _ask(house)
-        ours = house.gateway.traces
-        assert ours is not None
-        while len(taken.requests) < requests or "0 spans waiting" not in repr(ours):
-            await asyncio.sleep(0.005)
-    assert (len(taken.requests), ours.lost) == (requests, lost)
+        await _sent(house, taken, requests)
+        found = _losses(house)
+    assert len(taken.requests) == requests
+    assert found == {"queue_full": 0, "unavailable": 0, "refused": 0, "ended": 0, **lost}
+
+
+async def _sent(house: House, taken: Collector, requests: int) -> None:
+    """Until the collector has had so many requests, and nothing waits."""
+    while len(taken.requests) < requests or "<Traces 0 spans waiting" not in repr(house.gateway.traces):
+        await asyncio.sleep(0.005)
+
+
+def _losses(house: House) -> dict[str, float]:
+    """The spans that were lost, as the metrics tell them."""
+    house.gateway.meters._look()
+    house.gateway.meters._flush()
+    told = {family.name: family.samples for family in metrics._gather(house.settings.state / "metrics")}
+    return {sample.labels["reason"]: sample.value for sample in told["gateway_trace_spans_lost"]}
+
+
+@pytest.mark.parametrize(("timeout", "lost"), [("10000", 0), ("200", 1)], ids=["in time", "too late for this one"])
+async def test_a_collector_that_says_when_is_not_asked_before(
+    taken: Collector, store_url: str, monkeypatch: pytest.MonkeyPatch, timeout: str, lost: int
+) -> None:
+    monkeypatch.setattr(traces, "_BACK_OFF", 0.01)
+    monkeypatch.setattr(traces, "_LONGEST", 0.4)  # it wants more than one waits at most
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", timeout)
+    taken.answers, taken.later = [429], 60
+    async with gateway(store_url, IDLE) as house:
+        await _ask(house)
+        await asyncio.wait_for(taken.asked.wait(), 10)
+        await _ask(house)
+        await _sent(house, taken, 3 - lost)
+        assert _losses(house)["unavailable"] == lost
+    first, second, *_ = taken.times
+    assert second - first >= 0.4
+    assert len(taken.spans) == 2 - lost
+
+
+async def test_what_is_lost_at_the_end_is_counted_too(
+    taken: Collector, store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(traces, "PATIENCE", 0.3)
+    taken.hangs = True
+    async with gateway(store_url, IDLE, state=tmp_path) as house:
+        await _ask(house)
+    told = {family.name: family.samples for family in metrics._gather(house.settings.state / "metrics")}
+    lost = {sample.labels["reason"]: sample.value for sample in told["gateway_trace_spans_lost"]}
+    assert lost == {"queue_full": 0, "unavailable": 0, "refused": 0, "ended": 1}
 
 
 async def test_a_collector_that_hangs_holds_neither_a_request_nor_the_end(
@@ -434,11 +550,19 @@ async def test_a_collector_that_hangs_holds_neither_a_request_nor_the_end(
             began = time.monotonic()
             await ours.aclose()
             assert time.monotonic() - began < traces.PATIENCE + 1
-            assert ours.lost == 8
+            assert {loss: spans for loss, spans in ours.losses.items() if spans} == {"queue_full": 3, "ended": 5}
     told = [line for line in lines if line["event"] == "traces_lost"]
     assert [(line["spans"], line["reason"]) for line in told] == [(1, "the queue is full")], (
         "and then for a minute none"
     )
+
+
+def test_what_is_part_of_a_library_that_is_not_there_is_not_there() -> None:
+    assert [telemetry._installed(name) for name in ("gateway.traces", "gateway.none", "none.at.all")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_missing_library_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,6 +570,15 @@ def test_a_missing_library_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "opentelemetry.proto.trace.v1.trace_pb2", None)
     with pytest.raises(SettingsError, match="install the extra `traces` of this package, or set OTEL_TRACES_EXPORTER"):
         telemetry.traces({"OTEL_TRACES_EXPORTER": "otlp"})
+
+
+def test_it_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    asked = {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://c:1", "OTEL_EXPORTER_OTLP_CERTIFICATE": "none.pem"}
+    done = Place(tmp_path).run("serve", **asked)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gateway: OTEL_EXPORTER_OTLP_CERTIFICATE or its kin: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / ".gateway").exists()
 
 
 def test_a_gateway_does_not_start_with_variables_that_it_does_not_understand(

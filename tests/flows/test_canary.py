@@ -13,25 +13,31 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import redis
 import structlog
 
-from gateway import admin, metrics, proxy, telemetry
+from gateway import admin, doctor, metrics, proxy, telemetry
+from gateway.embedded import _server_binary
 from gateway.identity import make_key
 from gateway.reload import reload
 from tests.proving.backend import END, EVENTS, Backend, Peer, Step, chunk, forever, ok, play
-from tests.proving.house import MODEL, House, documents, gateway, served
+from tests.proving.collector import Collector, collector
+from tests.proving.house import MODEL, House, documents, gateway, served, server
 
 ROOT = Path(__file__).parents[2]
 FORGED = make_key("kolibri00abc", 2**255 + 777)  # a key of ours that nobody has made
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
 STATUSES = (400, 401, 422, 429, 500, 503)
 LIMITS = [{"name": "requests", "count": "requests", "rate": "600/minute", "per": ["team", "user"]}]
 SECTIONS: dict[str, Any] = {
@@ -133,12 +139,7 @@ def requests(plants: Plants) -> Iterator[dict[str, Any]]:
         b"[" * 9000 + b"%b",
     ):
         yield {"content": body % plant().encode()}
-    for name in ("authorization", "x-api-key", "cookie", "user-agent", "referer", "x-echo", "accept", "baggage", "via"):
-        yield {"json": good, "headers": {name: plant()}}
-    for name in ("traceparent", "tracestate", "forwarded", "x-forwarded-for", "content-type", "content-encoding"):
-        yield {"json": good, "headers": {name: plant()}}
-    for name in ("x-request-id", "x-stainless-retry-count", "x-session-affinity", "idempotency-key", plants.prompt()):
-        yield {"json": good, "headers": {name: key()}}  # an id is a caller's to choose, and told; a key is masked
+    yield from with_headers(plants, good)
     for own in (key(), FORGED, f"Bearer {plants.prompt()}", plants.prompt()):
         yield {"json": good, "headers": {"authorization": f"Bearer {own}"}}
     yield {"url": f"/v1/completions?{plants.prompt()}={key()}", "json": good}
@@ -166,6 +167,20 @@ def requests(plants: Plants) -> Iterator[dict[str, Any]]:
     yield {"url": "/v1/files/x", "content": plant().encode()}
     yield {"url": "/v1/messages", "json": {**chat, "max_tokens": 4, "system": plant()}}
     yield {"url": "/v1/embeddings", "json": {"model": MODEL, "input": plant()}}
+
+
+def with_headers(plants: Plants, good: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A good request, with all that its headers may hold."""
+    plant, key = plants.both, plants.key
+    for name in ("authorization", "x-api-key", "cookie", "user-agent", "referer", "x-echo", "accept", "baggage", "via"):
+        yield {"json": good, "headers": {name: plant()}}
+    for name in ("traceparent", "tracestate", "forwarded", "x-forwarded-for", "content-type", "content-encoding"):
+        yield {"json": good, "headers": {name: plant()}}
+    for members in ({}, {"stream": True}, {"max_tokens": 4.5}):  # a trace that is one, of a caller who tells all in it
+        state = {"traceparent": PARENT, "tracestate": f"a={plants.prompt()},b={key()}", "baggage": f"c={key()}"}
+        yield {"json": {**good, **members}, "headers": state}
+    for name in ("x-request-id", "x-stainless-retry-count", "x-session-affinity", "idempotency-key", plants.prompt()):
+        yield {"json": good, "headers": {name: key()}}  # an id is a caller's to choose, and told; a key is masked
 
 
 RAW = (
@@ -264,6 +279,24 @@ async def reports(house: House, store_url: str) -> bytes:
         return b"\n".join([(await client.get(path)).content for path in paths])
 
 
+@asynccontextmanager
+async def traced(plants: Plants, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Collector]:
+    """A collector that wants to see passwords; whoever starts within sends it all its traces."""
+    async with collector() as taken:
+        address = taken.url.replace("//", f"//{plants.prompt()}:{plants.key()}@")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"x-key={plants.key()}")
+        monkeypatch.setenv("OTEL_SEMCONV_STABILITY_OPT_IN", "gen_ai_latest_experimental")
+        monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "100000")
+        yield taken
+
+
+def exported(taken: Collector) -> bytes:
+    """What the collector was sent, as it was sent and as it reads that."""
+    assert all(b"authorization" in sent and b"x-key" in sent for sent in taken.requests)
+    return b"\n".join((*taken.bodies, repr((taken.resources, taken.spans)).encode()))
+
+
 def left_in(folder: Path) -> bytes:
     """The files of the state folder, but for the policies, which are an operator's own."""
     files = [file for file in folder.rglob("*") if file.is_file() and "policies" not in file.parts]
@@ -280,55 +313,107 @@ async def planted(store_url: str, plants: Plants) -> AsyncIterator[House]:
             yield house
 
 
-async def test_no_key_and_no_prompt_is_in_any_output(
-    store_url: str, said: io.BytesIO, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plants = Plants()
-    async with planted(store_url, plants) as house:
-        key = await house.key(user="ann")
-        other = await house.key("support")
-        answered = await plant_all(house, key, plants)
-        assert answered > 60
-
-        def defect(principal: Any, request: Any, *rest: Any) -> None:
-            """A mistake of ours, in the middle of what callers have said, with a key in its own words."""
-            prompt = request.body
-            raise ZeroDivisionError(f"{plants.key()} {key} {len(prompt)}")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(proxy, "terms_for", defect)
-            async with house.client(key) as client:
-                body = {"model": MODEL, "prompt": plants.both()}
-                assert (await client.post("/v1/completions", json=body)).status_code == 500
-
-        wrong = documents([f"http://user:{plants.key()}@127.0.0.1:9"], **SECTIONS)
-        wrong["teams"][plants.key()] = {"plan": plants.key(), "organisation": FORGED}
-        house.documents(wrong)
-        assert not await reload(house.gateway.live, house.settings.policies)
-        for tell in (logging.getLogger("redis").error, logging.getLogger("uvicorn.error").error):
-            tell("failed: %s", f"redis://user:pw@host/{plants.key()} Authorization: Bearer {plants.prompt()}")
-
-        await house.settled()
-        outputs = {
-            "log": said.getvalue(),
-            "metrics": counted(house),
-            "store": stored(store_url),
-            "others": await told_to_others(house, other),
-            "state": left_in(house.settings.state),
-            "control plane": await reports(house, store_url),
-        }
-        if b"\x1b[" not in outputs["log"]:
-            outputs["commands"] = await commands(house, store_url)
-            lines = [json.loads(line) for line in said.getvalue().splitlines()]
-            assert sum(line["event"] == "http_access" for line in lines) > 60
-            assert "policies_refused" in {line["event"] for line in lines}
+def search(outputs: Mapping[str, bytes], *keys: str) -> None:
+    """Look for everything that was planted, and for these keys of ours."""
     for name, output in outputs.items():
         assert output, name
         found = re.search(rb".{0,200}kolibri\d+.{0,100}", output, re.IGNORECASE)
         assert found is None, (name, found)
-        for secret in (key[16:], other[16:], FORGED[16:]):
-            assert secret.encode() not in output, name
+        for key in keys:
+            assert key[16:].encode() not in output, name
+
+
+async def test_no_key_and_no_prompt_is_in_any_output(
+    store_url: str, said: io.BytesIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plants = Plants()
+    async with traced(plants, monkeypatch) as taken:
+        async with planted(store_url, plants) as house:
+            key = await house.key(user="ann")
+            other = await house.key("support")
+            answered = await plant_all(house, key, plants)
+            assert answered > 60
+
+            def defect(principal: Any, request: Any, *rest: Any) -> None:
+                """A mistake of ours, in the middle of what callers have said, with a key in its own words."""
+                prompt = request.body
+                raise ZeroDivisionError(f"{plants.key()} {key} {len(prompt)}")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(proxy, "terms_for", defect)
+                async with house.client(key) as client:
+                    body = {"model": MODEL, "prompt": plants.both()}
+                    assert (await client.post("/v1/completions", json=body)).status_code == 500
+
+            wrong = documents([f"http://user:{plants.key()}@127.0.0.1:9"], **SECTIONS)
+            wrong["teams"][plants.key()] = {"plan": plants.key(), "organisation": FORGED}
+            house.documents(wrong)
+            assert not await reload(house.gateway.live, house.settings.policies)
+            for tell in (logging.getLogger("redis").error, logging.getLogger("uvicorn.error").error):
+                tell("failed: %s", f"redis://user:{plants.prompt()}@host/{plants.key()} Bearer {plants.prompt()}")
+
+            await house.settled()
+            outputs = {
+                "metrics": counted(house),
+                "store": stored(store_url),
+                "others": await told_to_others(house, other),
+                "state": left_in(house.settings.state),
+                "control plane": await reports(house, store_url),
+            }
+            if b"\x1b[" not in said.getvalue():
+                outputs["commands"] = await commands(house, store_url)
+        outputs["log"], outputs["traces"] = said.getvalue(), exported(taken)
+    search(outputs, key, other, FORGED)
     assert outputs["log"].count(b"[masked]") >= 4
     assert b"ZeroDivisionError" in outputs["log"]
     assert b"gateway_requests_ended_total" in outputs["metrics"]
     assert outputs["store"].count(b"request_id") + outputs["store"].count(b'"id":"req_') > 10
+    if "commands" in outputs:
+        lines = [json.loads(line) for line in said.getvalue().splitlines()]
+        assert "policies_refused" in {line["event"] for line in lines}
+        exchanges = sorted(line["request_id"] for line in lines if line["event"] == "http_access")
+        told = sorted(span.said["gateway.request.id"] for span in taken.spans if "gateway.request.id" in span.said)
+        assert len(exchanges) > 60
+        assert told == exchanges
+        assert sum(span.trace == TRACE for span in taken.spans) > 6
+
+
+@pytest.mark.parametrize("said", ["json"], indirect=True)
+async def test_while_the_store_is_away_no_key_and_no_prompt_is_kept_nor_told(
+    said: io.BytesIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plants = Plants()
+    secret = plants.prompt()
+    with server(_server_binary()) as store:
+        with store.sync() as client:
+            client.config_set("requirepass", secret)
+        address = store.url.replace("unix://", f"unix://:{secret}@")
+        async with traced(plants, monkeypatch) as taken:
+            async with planted(address, plants) as house:
+                key = await house.key(user="ann")
+                outputs = {"with the store": await examined(house, address, capsys)}
+                store.process.kill()
+                answered = await plant_all(house, key, plants)
+                assert answered > 60
+                outputs |= {
+                    "without": await examined(house, address, capsys),
+                    "metrics": counted(house),
+                    "spool": b"".join(file.read_bytes() for file in house.settings.spools.glob("*.spool")),
+                    "state": left_in(house.settings.state),
+                }
+            outputs["log"], outputs["traces"] = said.getvalue(), exported(taken)
+    search(outputs, key, FORGED)
+    assert outputs["spool"].count(b"req_") > 10
+    assert b"store_away" in outputs["log"]
+    assert b"answers" in outputs["with the store"]
+    assert b"refuses the connection" in outputs["without"]
+
+
+async def examined(house: House, address: str, capsys: pytest.CaptureFixture[str]) -> bytes:
+    """What the doctor says, to people and to programs."""
+    findings = await doctor.examine(replace(house.settings, redis_url=address), deadline=3)
+    assert {"traces", "store", "upstream.answer"} <= {one.check for one in findings}
+    capsys.readouterr()
+    doctor.show(findings)
+    told = capsys.readouterr()
+    return (told.out + told.err).encode() + msgspec.json.encode(findings)

@@ -2,12 +2,13 @@
 
 async with collector() as taken:
     ...  # the exporter's endpoint is taken.url
-    assert taken.trace().tree() == ...
+    assert taken.tree() == ...
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -44,14 +45,17 @@ class Taken:
 
 @dataclass
 class Collector:
-    """What it was sent. `answers` are the statuses of the next requests, then 200; while it `hangs` it answers none."""
+    """What it was sent. `answers` are the statuses of the next requests, then 200; while it `hangs` it answers none.
+    What it does not take it wants `later`, in seconds."""
 
     url: str = ""
     spans: list[Taken] = field(default_factory=list)
     resources: list[dict[str, Value]] = field(default_factory=list)
     requests: list[dict[bytes, bytes]] = field(default_factory=list)  # their headers
+    times: list[float] = field(default_factory=list)  # when they came, in time.monotonic()
     bodies: list[bytes] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
+    later: int | None = None
     refuses: int = 0  # spans of each batch
     hangs: bool = False
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +83,7 @@ class Collector:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_body(scope, receive, 1 << 26)
+        self.times.append(time.monotonic())
         self.requests.append({**dict(scope["headers"]), b":path": scope["raw_path"]})
         self.asked.set()
         if self.hangs:
@@ -86,10 +91,13 @@ class Collector:
             return
         status = self.answers.pop(0) if self.answers else 200
         told = ExportTraceServiceResponse()
-        if status == 200:
+        headers = [(b"content-type", b"application/x-protobuf")]
+        if status >= 400 and self.later is not None:
+            headers.append((b"retry-after", b"%d" % self.later))
+        if status < 300:
             self._take(decompress(body) if self.requests[-1].get(b"content-encoding") == b"gzip" else body)
             told.partial_success.rejected_spans = self.refuses
-        await respond(send, status, told.SerializeToString(), [(b"content-type", b"application/x-protobuf")])
+        await respond(send, status, told.SerializeToString(), headers)
 
     def _take(self, body: bytes) -> None:
         self.bodies.append(body)
