@@ -167,7 +167,9 @@ def answer_tokens(body: Mapping[str, Any], plan: Plan) -> int:
 class Worker:
     """One gateway process, and what it has said."""
 
-    def __init__(self, number: int, folder: Path, store_url: str, **environment: str) -> None:
+    def __init__(
+        self, number: int, folder: Path, store_url: str, *, state: Path | None = None, **environment: str
+    ) -> None:
         self._log = folder / f"worker-{number}.log"
         ours = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
         given = {
@@ -179,7 +181,7 @@ class Worker:
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        words = ["serve", "--policies", str(folder / "policies"), "--state", str(folder), "--port", "0"]
+        words = ["serve", "--policies", str(folder / "policies"), "--state", str(state or folder), "--port", "0"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gateway", *words],
