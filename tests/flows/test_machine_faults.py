@@ -57,6 +57,7 @@ async def told(of: Town, **expected: float) -> None:
         async with asyncio.timeout(10):
             while found != [*expected.values()]:
                 found = await of.figures(*names)
+                await asyncio.sleep(0.05)
     except TimeoutError:
         raise AssertionError(f"{found}, expected {expected}") from None
 
@@ -69,10 +70,8 @@ async def test_g09_on_a_full_disk_who_is_billed_is_refused_the_alert_is_told_and
     }
     keys, go = await _keys(store.url, TEAMS), asyncio.Event()
     with small_disk() as disk:
-        slow = gated(go, only=b"wait")
-        async with town(
-            store.url, slow, workers=1, policies=policies, state=disk, GATEWAY_STORE_DEADLINE=DEADLINE
-        ) as of:
+        slow, given = gated(go, only=b"wait"), {"GATEWAY_STATE": str(disk), "GATEWAY_STORE_DEADLINE": DEADLINE}
+        async with town(store.url, slow, workers=1, policies=policies, **given) as of:
             billed, free, closed = (keys[name] for name in TEAMS)
             (stream,) = await of.opened(1, prompt="wait")
             store.here.kill()

@@ -151,11 +151,10 @@ async def town(
     *steps: Any,
     workers: int = 2,
     policies: Mapping[str, Any] | None = None,
-    state: Path | None = None,
     **environment: str,
 ) -> AsyncIterator[Town]:
     """A gateway of so many workers in front of a backend with these steps; `policies` are sections beside the usual
-    ones, `state` is its folder where it is to have one of its own."""
+    ones."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gw-")))
         backend = await stack.enter_async_context(Backend(forever(*steps)))
@@ -165,7 +164,7 @@ async def town(
         (folder / "policies" / "all.yaml").write_text(yaml.safe_dump(documents, sort_keys=False))
         key = (await _keys(store_url, [TEAM]))[TEAM]
         given = {"GATEWAY_WORKERS": str(workers), "GATEWAY_ADMIN_PORT": "0", **environment}
-        gateway = Worker(0, folder, store_url, state=state, **given)
+        gateway = Worker(0, folder, store_url, **given)
         store = Store(store_url, deadline=5)
         stack.push_async_callback(store.aclose)
         stack.callback(gateway.end)

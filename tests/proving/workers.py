@@ -167,21 +167,20 @@ def answer_tokens(body: Mapping[str, Any], plan: Plan) -> int:
 class Worker:
     """One gateway process, and what it has said."""
 
-    def __init__(
-        self, number: int, folder: Path, store_url: str, *, state: Path | None = None, **environment: str
-    ) -> None:
+    def __init__(self, number: int, folder: Path, store_url: str, **environment: str) -> None:
         self._log = folder / f"worker-{number}.log"
         ours = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
         given = {
             "GATEWAY_REDIS_URL": store_url,
             "GATEWAY_KEY_PEPPER": PEPPER,
             "GATEWAY_LOG": "json",
+            "GATEWAY_STATE": str(folder),
             "GATEWAY_WORKERS": "0",  # in the process that is started: it is the one that is killed
             "GATEWAY_STORE_DEADLINE": "5",  # lax: these machines are noisy, and 50 ms is not what is proved
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        words = ["serve", "--policies", str(folder / "policies"), "--state", str(state or folder), "--port", "0"]
+        words = ["serve", "--policies", str(folder / "policies"), "--port", "0"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gateway", *words],
