@@ -303,7 +303,4 @@ async def is_refused_until_the_hour_of_the_store_is_over(of: Town) -> None:
 
 async def used(of: Town) -> dict[str, int]:
     """What is used of each limit, and not only reserved."""
-    async with httpx.AsyncClient(trust_env=False, verify=False, timeout=20) as client:
-        address = f"http://127.0.0.1:{of.gateway.port}/v1/limits"
-        answer = await client.get(address, headers={"authorization": f"Bearer {of.key}"})
-    return {row["name"]: row["used"] for row in answer.json()["data"]}
+    return {row["name"]: row["used"] for row in await of.limits()}

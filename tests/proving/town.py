@@ -83,6 +83,18 @@ class Town:
         text = (await _get(f"{self.admin}/metrics")).text
         return [float(re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)[0]) for name in names]
 
+    async def sum(self, name: str) -> float:
+        """What it tells under a name over all labels."""
+        text = (await _get(f"{self.admin}/metrics")).text
+        return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)))
+
+    async def limits(self) -> list[dict[str, Any]]:
+        """Where the key stands."""
+        found: list[dict[str, Any]] = (await _get(f"http://127.0.0.1:{self.gateway.port}/v1/limits", self.key)).json()[
+            "data"
+        ]
+        return found
+
     async def ended(self, patience: float) -> int:
         """Its exit code, once it and all that it started are gone."""
         await until(lambda: self.gateway.process.poll() is not None, patience)
@@ -117,9 +129,10 @@ async def _begun(reader: asyncio.StreamReader) -> None:
         await reader._wait_for_data("begun")  # type: ignore[attr-defined]
 
 
-async def _get(url: str) -> httpx.Response:
+async def _get(url: str, key: str = "") -> httpx.Response:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     async with httpx.AsyncClient(trust_env=False, verify=False, timeout=20) as client:
-        return await client.get(url)
+        return await client.get(url, headers=headers)
 
 
 async def until(holds: Callable[[], bool], patience: float = 20.0) -> float:
