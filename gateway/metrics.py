@@ -169,9 +169,11 @@ class Metrics:
                 self._set = _Set(self._folder)
             for family in self._families:
                 self._set.note(family)
-            self._set.write()
-            for mode in sorted({gauges.mode for gauges in self._gauges}):
-                self._set.replace(mode, [gauges for gauges in self._gauges if gauges.mode == mode])
+            try:
+                self._set.write()
+            finally:  # that the disk is full is told by a gauge
+                for mode in sorted({gauges.mode for gauges in self._gauges}):
+                    self._set.replace(mode, [gauges for gauges in self._gauges if gauges.mode == mode])
 
     def close(self) -> None:
         """Leave the files to whoever starts next; what was not flushed is lost."""
@@ -219,7 +221,7 @@ class _Set:
             file.write()
 
     def replace(self, mode: Mode, all_gauges: Iterable[Gauges]) -> None:
-        """Gauges come and go with what they are of: their file is written anew."""
+        """Gauges come and go with what they are of: their file is written anew, or over the old one on a full disk."""
         values = {
             key_of(gauges.name, gauges.name, dict(zip(gauges.labels, labels, strict=True)), gauges.meaning): value
             for gauges in all_gauges
@@ -229,8 +231,15 @@ class _Set:
         if told != self._told.get(mode):
             file = self._folder / f"gauge_{mode}_{self.number}.db"
             draft = file.with_suffix(".new")
-            draft.write_bytes(told)
-            draft.replace(file)
+            try:
+                draft.write_bytes(told)
+                draft.replace(file)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                if file.stat().st_size < len(told):
+                    raise
+                with file.open("r+b") as there:
+                    there.write(told)
             self._told[mode] = told
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ replica lags behind): these are sent again when it is back, as if nobody knew wh
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Container
@@ -35,7 +36,7 @@ from gateway.usage import Usage
 # How long a given-up id is remembered: what is still on its way arrives far sooner, and whoever sends again does so
 # while it is alive. And a settled one, of which there are many: who sends later than that looks into the ledger first.
 _MARK, _SETTLED = 3600.0, 120.0
-_LONG_AGO = 0.0  # of what a dead worker has left: nobody knows when
+_LONG_AGO = -math.inf  # of what a dead worker has left: nobody knows when
 _LOOK_AFTER = 90.0
 _SKEW = 600.0  # seconds by which a gateway's clock may differ from the store's
 _BATCH, _ROUND, _PAGE = 64, 2048, 100  # a page arrives within the deadline of a store that is busy
@@ -56,9 +57,9 @@ Reached = Callable[[str, Charge, int, int, int], None]
 
 
 class _Kept:
-    """An end that the store has not acknowledged. `since` (seconds since 1970, None: not yet) is from when on it may
-    have been settled, by whomever; `numbers` are its records in the spool; `corrects` is the end that is settled when
-    this one is."""
+    """An end that the store has not acknowledged. `since` (by _now, None: not yet) is from when on it may have been
+    settled, by whomever; `numbers` are its records in the spool; `corrects` is the end that is settled when this one
+    is."""
 
     __slots__ = ("corrects", "end", "numbers", "orphan", "since")
 
@@ -396,15 +397,23 @@ def _adopted(folder: Path, known: Container[str]) -> list[tuple[Orphan, list[End
     return found
 
 
+def _now() -> float:
+    """Seconds on a clock that nobody sets, and that goes on while a machine sleeps: as a store's marks lapse."""
+    return time.clock_gettime(_CLOCK)
+
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 def _may_be_settled(kept: _Kept) -> None:
     """From now on; sending it again changes nothing of that."""
     if kept.since is None:
-        kept.since = time.time()
+        kept.since = _now()
 
 
 def _stale(kept: _Kept) -> bool:
     """Whether it may have been settled so long ago that its mark is gone."""
-    return bool(kept.end.row) and kept.since is not None and time.time() - kept.since > _LOOK_AFTER
+    return bool(kept.end.row) and kept.since is not None and _now() - kept.since > _LOOK_AFTER
 
 
 def _usage(row: UsageRecord) -> Usage:

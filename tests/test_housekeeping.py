@@ -15,7 +15,7 @@ import redis
 import yaml
 from structlog.testing import capture_logs
 
-from gateway import housekeeping
+from gateway import housekeeping, settlements
 from gateway.admission import Admission
 from gateway.ends import live_key, reservation_key
 from gateway.housekeeping import Housekeeping
@@ -170,7 +170,7 @@ async def test_who_was_not_dead_settles_the_difference_once(
             if again:
                 store.delete(reservation_key("acme", correction.id))
                 paused.settlements.later(end)
-                paused.settlements._pending[end.id].since = time.time() - 91
+                paused.settlements._pending[end.id].since = settlements._now() - 91
             else:
                 paused.settlements.send(end, again=True)
             await until(lambda: paused.idle)

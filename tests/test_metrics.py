@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import metrics
 from gateway.metrics import Counters, Gauges, Histograms, Metrics
+from tests.proving.stores import full, small_disk
 
 Samples: TypeAlias = dict[tuple[str, ...], float]
 
@@ -241,6 +242,29 @@ def test_a_write_that_fails_is_made_up_for(process: Process, tmp_path: Path, mon
     assert told(tmp_path / "metrics").get(("asked_total", "ann")) in (1, 2)
     process.metrics.flush()
     assert told(tmp_path / "metrics") == {("asked_total", "ann"): 2, ("asked_total", "bob"): 1}
+
+
+def test_what_a_full_disk_does_is_told_on_a_full_disk() -> None:
+    """Gauges that are told already are told on; a new name, which takes room, is told when there is some."""
+    with small_disk() as disk:
+        one = Process(disk / "metrics")
+        one.up.set({("the spool",): 1})
+        one.count()
+        with full(disk):
+            one.up.set({("the spool",): 0})
+            for number in range(100):
+                one.asked[(f"somebody, {number} of many",)].add()
+            with pytest.raises(OSError, match="No space left"):
+                one.count("ann")
+            assert told(disk / "metrics")["up", "the spool"] == 0
+            one.up.set({("the spool",): 0, ("another",): 1})
+            with pytest.raises(OSError, match="No space left"):
+                one.metrics.flush()
+            assert [name for name in told(disk / "metrics") if name[0] == "up"] == [("up", "the spool")]
+        one.metrics.flush()
+        samples = told(disk / "metrics")
+        assert (samples["up", "another"], samples["asked_total", "ann"], len(samples)) == (1, 2, 103)
+        one.metrics.close()
 
 
 @pytest.mark.parametrize("damage", [b"\0" * 64, b"\xff" * 64, b""], ids=["zeros", "ones", "cut"])

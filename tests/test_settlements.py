@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -452,6 +453,25 @@ async def test_who_is_sent_again_when_its_mark_may_be_gone_is_looked_up(
         line.deaf = False
         await until(lambda: admission.idle)
     assert [row.id for row in books(store)] == [*(other.id for other in others), lease.id]
+
+
+async def test_so_it_is_where_the_clock_was_set_back_meanwhile(
+    either_store_url: str, store: redis.Redis, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How old a mark is has nothing to do with what time it is said to be."""
+    monkeypatch.setattr(settlements_module, "_LOOK_AFTER", 0.05)
+    async with on_line(either_store_url, folder) as (line, admission):
+        other = await serve(admission, asked())
+        async with admission.admit(asked()) as lease:
+            line.deaf = True
+        await until(lambda: store.xlen(ledger_stream("acme")) == 2)
+        store.delete(reservation_key("acme", lease.id))
+        earlier = time.time() - 3600
+        monkeypatch.setattr(time, "time", lambda: earlier)
+        await asyncio.sleep(0.1)
+        line.deaf = False
+        await until(lambda: admission.idle)
+    assert [row.id for row in books(store)] == [other.id, lease.id]
 
 
 @pytest.mark.parametrize("forgets", [True, False], ids=["forgot it", "did not"])

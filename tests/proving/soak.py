@@ -1,9 +1,10 @@
 """A gateway under mixed load for long, and whether it is afterwards as it was before: `python -m tests.proving.soak`.
 
-Callers stream, ask for JSON, leave in the middle, are refused, and meet a backend that fails; policies are reloaded and
-workers replaced now and then. When all is quiet: no seat, no live request and no reservation is left in the store but
-marks that lapse, no more files are open than connections are kept, memory is flat over the second half, and sums are
-those of the rows.
+Callers stream, ask for JSON, leave in the middle, are refused, and meet a backend that fails; policies are reloaded.
+First all processes are replaced and get warm, and what they hold when all is quiet is measured; after the rest of the
+time it is measured again. Then memory is flat, there are no more files and threads than are kept for a moment, no
+process is left over, nothing is under way and nothing is spooled; in the store is no seat, no reservation and no key
+but those that belong there or lapse; and sums and limits say what the rows say.
 """
 
 from __future__ import annotations
@@ -12,42 +13,74 @@ import argparse
 import asyncio
 import os
 import random
+import re
 import signal
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import uvloop
 
 from gateway.embedded import _server_binary
-from gateway.ledger import reconcile
+from gateway.ledger import reconcile, rows
 from tests.proving import house
 from tests.proving.backend import Peer, completion, play
 from tests.proving.load import completion_request, read
 from tests.proving.town import Town, town
 
 CALLERS = 16
-GROWTH = 0.10  # of the memory of the third quarter, that the last one may have more
-FILES = 3 * CALLERS  # more than before: connections to the backend and to the store that two workers keep
+WARM = 0.25  # of the time
+FILES = 2 * CALLERS  # more than before: connections that are kept for some seconds
+THREADS = 4
+GROWTH = 0.03  # of memory, that there may be more
+LAPSES = 130_000  # ms after which a mark of a request is gone, and some more
+
+LIMITS: list[dict[str, Any]] = [
+    {"name": "seats", "count": "concurrent_requests", "at_most": 500, "per": ["team"]},
+    {"name": "month", "count": "total_tokens", "quota": "1000000000/month", "per": ["team"]},
+    {"name": "rolling", "count": "usd", "quota": "1000000/day", "rolling": True, "per": ["key"]},
+    {"name": "pace", "count": "requests", "rate": "9000/minute", "burst": 150, "per": ["team"]},  # refuses now and then
+]
+
+# The keys that a store may have when all is quiet, beside marks of requests: as many as there are limits and periods.
+BELONG = re.compile(
+    r"\{acme\}:((quota|rolling|rate):.*|usage|usage:(hour|day|month):\d+|usage:rollup:.*)"
+    r"|\{gateway\}:(organisations|workers|probe|drained|pepper|keys|key-changes)"
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the processes of a gateway have when all is quiet."""
+
+    memory: float  # MiB
+    files: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.memory:.1f} MiB, {self.files} files, {self.threads} threads"
 
 
 def family(of: Town) -> list[int]:
-    return [*of.children(), *of.children("control")]
+    return [*of.children(), *of.children("control"), of.supervisor]
 
 
-def files(pids: list[int]) -> int:
-    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
-
-
-def resident(pids: list[int]) -> float:
-    """MiB of all of them."""
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def held(of: Town) -> Held:
+    memory, files, threads = 0, 0, 0
+    for pid in family(of):
+        memory += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        threads += len(list(Path(f"/proc/{pid}/task").iterdir()))
+    return Held(memory * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threads)
 
 
 async def moody(peer: Peer) -> None:
     """A backend that mostly streams, now and then fails, and now and then ends in the middle."""
+    peer.backend.requests.clear()
+    peer.backend.served.clear()
     mood = random.random()
     if mood < 0.03:
         await peer.request()
@@ -58,13 +91,10 @@ async def moody(peer: Peer) -> None:
         await play(peer, completion(random.randrange(1, 20), pace=0.002))
 
 
-async def caller(of: Town, over: asyncio.Event, seen: dict[str, int]) -> None:
+async def caller(of: Town, over: asyncio.Event, seen: Counter[str]) -> None:
     while not over.is_set():
-        stream, leaves, key = (
-            random.random() < 0.8,
-            random.random() < 0.15,
-            of.key if random.random() < 0.95 else "gw_no",
-        )
+        stream, leaves = random.random() < 0.8, random.random() < 0.15
+        key = of.key if random.random() < 0.95 else "gw_no"
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", of.gateway.port)
         except ConnectionError:
@@ -77,67 +107,130 @@ async def caller(of: Town, over: asyncio.Event, seen: dict[str, int]) -> None:
                 seen["left"] += 1
             else:
                 answer = await read(reader)
-                seen["whole" if answer.whole else "cut"] += 1
+                seen[f"{answer.status}" if answer.whole else "cut"] += 1
         except (ConnectionError, ValueError):
             seen["broken"] += 1
         finally:
             writer.transport.abort()
 
 
+async def load(of: Town, seconds: float, seen: Counter[str]) -> None:
+    """So much of it; policies are read anew every five seconds."""
+    over, end = asyncio.Event(), time.monotonic() + seconds
+    callers = [asyncio.ensure_future(caller(of, over, seen)) for _ in range(CALLERS)]
+    while (left := end - time.monotonic()) > 0:
+        os.kill(of.supervisor, signal.SIGHUP)
+        await asyncio.sleep(min(5.0, left))
+    over.set()
+    await asyncio.gather(*callers)
+
+
 async def soak(store_url: str, minutes: float) -> list[str]:
     """What was wrong at the end."""
-    async with town(store_url, moody, GATEWAY_DRAIN="10") as of:
-        await of.ask()
-        before, seen = files(family(of)), dict.fromkeys(("whole", "cut", "left", "broken", "unconnected"), 0)
-        over, end = asyncio.Event(), time.monotonic() + minutes * 60
-        callers = [asyncio.ensure_future(caller(of, over, seen)) for _ in range(CALLERS)]
-        memory: list[float] = []
-        begun, turn = time.monotonic(), 0
-        while time.monotonic() < end:
-            await asyncio.sleep(1)
-            turn += 1
-            if turn % 5 == 0:
-                os.kill(of.supervisor, signal.SIGHUP)
-            if turn == 10:  # before memory is watched: new processes begin anew
-                os.kill(of.supervisor, signal.SIGUSR2)
-            if time.monotonic() > begun + (end - begun) / 2:
-                memory.append(resident(family(of)))
-        over.set()
-        await asyncio.gather(*callers)
-        quarter = len(memory) // 2
-        third, last = mean(memory[:quarter]), mean(memory[quarter:])
-        print(
-            f"{minutes:g} minutes: {seen}\n  memory of all processes {third:.1f} MiB, then {last:.1f}; files {before}",
-            end="",
-        )
-        wrong = [f"memory grew from {third:.1f} to {last:.1f} MiB"] if last > third * (1 + GROWTH) else []
+    seconds, seen = minutes * 60, Counter[str]()
+    async with town(store_url, moody, policies={"plans": {"free": {"limits": LIMITS}}}, GATEWAY_DRAIN="10") as of:
+        replacing = asyncio.ensure_future(_replaced(of))
+        await load(of, seconds * WARM, seen)
+        await replacing
+        await load(of, seconds * WARM, seen)
         await _quiet(of)
-        print(f", then {files(family(of))}")
-        if files(family(of)) > before + FILES:
-            wrong.append(f"{files(family(of))} files are open, {before} were")
-        wrong += await _left(of)
-        troubles = [line for line in of.gateway.lines() if line.get("level") in ("error", "critical")]
-        return wrong + [f"the log has {line}" for line in troubles[:5]]
+        before, warm = held(of), seen.total()
+        await load(of, seconds * (1 - 2 * WARM), seen)
+        await _quiet(of)
+        after = await _calm(of, before)
+        print(f"{minutes:g} minutes: {dict(seen)}\n  {before}; and {seen.total() - warm} requests later {after}")
+        return [*_grown(before, after), *_processes(of), *await _figures(of), *await _left(of), *_told(of)]
+
+
+async def _replaced(of: Town) -> None:
+    """All processes are new ones, and the supervisor is new code in its own."""
+    os.kill(of.supervisor, signal.SIGUSR2)
+    async with asyncio.timeout(60):
+        while len(of.gateway.lines("replaced")) < 4:
+            await asyncio.sleep(0.1)
 
 
 async def _quiet(of: Town) -> None:
+    """Nothing is under way any more."""
     async with asyncio.timeout(60):
-        while await of.store.call(lambda: of.store.client.zcard("{acme}:live")):
+        while await of.store.call(lambda: of.store.client.zcard("{acme}:live")) or await of.figures(*IDLE) != NOTHING:
             await asyncio.sleep(0.1)
+
+
+IDLE = ("gateway_http_active_requests", "gateway_spool_files")
+NOTHING = [0.0, 0.0]
+
+
+async def _calm(of: Town, before: Held) -> Held:
+    """What is held, when connections that are kept for a moment have been closed."""
+    end = time.monotonic() + 10
+    while (now := held(of)).files > before.files + FILES and time.monotonic() < end:
+        await asyncio.sleep(0.5)
+    return now
+
+
+# — what is wrong
+
+
+def _grown(before: Held, after: Held) -> list[str]:
+    allowed = Held(before.memory * (1 + GROWTH), before.files + FILES, before.threads + THREADS)
+    return [
+        f"{name} grew: {before}, then {after}"
+        for name in ("memory", "files", "threads")
+        if getattr(after, name) > getattr(allowed, name)
+    ]
+
+
+def _processes(of: Town) -> list[str]:
+    """Those in its folder are the supervisor and what it has, and all of them live."""
+    folder, known = Path(f"/proc/{of.supervisor}/cwd").resolve(), family(of)
+    wrong = [] if len(known) == 4 else [f"{len(known)} processes, expected two workers, a control plane, a supervisor"]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] == "Z" and int(fields[1]) in known:
+                wrong.append(f"{process.name} has ended, and nobody has heard it")
+            elif (process / "cwd").resolve() == folder and int(process.name) not in known:
+                wrong.append(f"{process.name} is left over")
+        except OSError:
+            continue  # it has ended meanwhile
+    return wrong
+
+
+async def _figures(of: Town) -> list[str]:
+    return [
+        f"{name} {value:g}, expected 0"
+        for name in ("gateway_http_active_requests", "gateway_upstream_in_flight", "gateway_spool_bytes")
+        if (value := await of.sum(name))
+    ]
 
 
 async def _left(of: Town) -> list[str]:
     """What is in the store that should not be."""
     wrong = []
-    async for key in of.store.client.scan_iter(match="{acme}:*", count=1000):
+    async for key in of.store.client.scan_iter(count=1000):
         name = key.decode()
-        if ":seats:" in name and await of.store.client.zcard(key):
-            wrong.append(f"{name} holds seats")
-        if ":request:" in name and (await of.store.client.get(key) or b"+")[:1] not in b"+-~":
-            wrong.append(f"{name} is a reservation that nobody has")
+        if ":seats:" in name:
+            wrong += [f"{name} holds seats"] if await of.store.client.zcard(key) else []
+        elif ":request:" in name:
+            mark, lapses = await of.store.client.get(key) or b"+", await of.store.client.pttl(key)
+            if mark[:1] not in b"+-~" or not 0 <= lapses <= LAPSES:
+                wrong.append(f"{name} is a reservation that nobody has")
+        elif not BELONG.fullmatch(name):
+            wrong.append(f"{name} does not belong there")
     found = await reconcile(of.store, "acme")
     print(f"  {found.rows} rows, {len(found.differences)} differences")
-    return wrong + [f"the sums differ: {one}" for one in found.differences[:3]]
+    wrong += [f"the sums differ: {one}" for one in found.differences[:3]]
+    used = {one["name"]: (one["used"], one["reserved"]) for one in await of.limits()}
+    tokens = sum([one.record.input_tokens + one.record.output_tokens async for one in rows(of.store, "acme")])
+    if used["month"] != (tokens, 0):
+        wrong.append(f"the limit says {used['month']} of tokens used and reserved, the rows {tokens}")
+    return wrong + [f"{name} has reserved {held}" for name, (_, held) in used.items() if held]
+
+
+def _told(of: Town) -> list[str]:
+    troubles = [line for line in of.gateway.lines() if line.get("level") in ("error", "critical")]
+    return [f"the log has {line}" for line in troubles[:5]]
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -272,3 +272,14 @@ def small_disk() -> Iterator[Path]:
             yield Path(folder)
         finally:
             subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """It has no room until the block is left."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    yield
+    filler.unlink()

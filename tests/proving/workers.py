@@ -174,12 +174,13 @@ class Worker:
             "GATEWAY_REDIS_URL": store_url,
             "GATEWAY_KEY_PEPPER": PEPPER,
             "GATEWAY_LOG": "json",
+            "GATEWAY_STATE": str(folder),
             "GATEWAY_WORKERS": "0",  # in the process that is started: it is the one that is killed
             "GATEWAY_STORE_DEADLINE": "5",  # lax: these machines are noisy, and 50 ms is not what is proved
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        words = ["serve", "--policies", str(folder / "policies"), "--state", str(folder), "--port", "0"]
+        words = ["serve", "--policies", str(folder / "policies"), "--port", "0"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gateway", *words],
