@@ -234,6 +234,23 @@ def test_helm_test_finds_it_well(made: list[Manifest], pod: Running) -> None:
     assert (done.returncode, done.stdout.count("as expected")) == (0, 5), done.stdout + done.stderr
 
 
+def test_while_the_store_is_away_the_pod_stays_among_those_that_are_asked(
+    made: list[Manifest], valkey_port: int, pod: Running
+) -> None:
+    """Limits are held without it, and all pods have the same store: not one of them would be left."""
+    asked = pod.spec["containers"][0]["readinessProbe"]["httpGet"]
+    with _client(valkey_port, secrets_of(made)["gw-model-gateway-valkey"]["password"]) as client:
+        client.shutdown(nosave=True)
+    assert pod.until("admin", "/healthz/ready", 200) == 200
+    patience = time.monotonic() + PATIENCE
+    while not re.search(r"^gateway_store_up 0", httpx.get(pod.url("admin") + "/metrics", trust_env=False).text, re.M):
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    assert httpx.get(pod.url("http") + "/healthz/ready", trust_env=False).json()["status"] == "degraded"
+    time.sleep(0.5)  # until the supervisor has heard how its workers are
+    assert pod.status(asked["port"], asked["path"]) == 200
+
+
 def test_told_to_go_it_goes_and_has_written_nothing_but_its_state(pod: Running) -> None:
     pod.process.send_signal(signal.SIGTERM)
     assert pod.process.wait(PATIENCE) == 0
