@@ -50,7 +50,6 @@ FOREIGN: Mapping[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): ({"parentRefs", "rules"}, {"hostnames"}),
 }
-# Those of GATEWAY_ that the settings get with the supervisor.
 
 
 @every_case
@@ -99,6 +98,48 @@ def test_no_two_objects_have_one_name_and_all_names_are_labels(name: str) -> Non
 def test_a_long_name_leaves_room_for_what_is_put_after_it() -> None:
     made = render({"fullnameOverride": "a" * 40, "exporters": {"b" * 12: {}}})
     assert max(len(manifest["metadata"]["name"]) for manifest in made) <= 63
+
+
+def test_names_that_look_like_numbers_or_more_of_yaml_stay_names() -> None:
+    odd = {
+        "nameOverride": "1e3",
+        "fullnameOverride": "gw",
+        "image": {"pullSecrets": ["1e3"]},
+        "priorityClassName": "1000",
+        "serviceAccount": {"name": "0x1f"},
+        "secrets": {
+            "existingSecret": "123",
+            "env": [{"name": "NO", "secret": "1.5", "key": "yes"}],
+            "envFrom": ["7"],
+            "files": [{"secret": "8", "path": "/etc/a, b}"}],
+        },
+        "extraEnv": [{"name": "Y", "value": "no"}],
+        "store": {"existingSecret": "9", "key": "1"},
+        "valkey": {"enabled": False},
+        "policies": {"existingConfigMap": "2026"},
+        "ingress": {"enabled": True, "hosts": ["a"], "className": "1", "tlsSecret": "2"},
+        "exporters": {
+            "2026": {
+                "export": "1e3",
+                "claim": "10",
+                "path": "/var/a b",
+                "env": [{"name": "N", "secret": "1", "key": "0"}],
+            }
+        },
+    }
+    stored = {"valkey": {"existingSecret": "1", "persistence": {"storageClass": "2", "size": 1000000000}}}
+    for made in (render(odd, release="7"), render({**stored, "fullnameOverride": "gw"}, release="7")):
+        for manifest in made:
+            kubernetes.validate(manifest, VERSIONS[-1], strict=True)
+    (pod,) = (spec for meta, spec in pods(render(odd)) if meta["labels"].get("model-gateway/export") == "2026")
+    assert pod["containers"][0]["args"] == ["export", "1e3"]
+    assert {"/etc/a, b}", "/var/a b"} < {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+
+
+def test_a_new_version_replaces_no_pod_that_it_does_not_change() -> None:
+    """The store is one pod: while it is replaced, limits are held without it."""
+    for metadata, _ in pods([m for m in case("exporters") if m["kind"] != "Pod"]):
+        assert {name.rpartition("/")[2] for name in metadata["labels"]} <= {"name", "instance", "component", "export"}
 
 
 def _leaves(tree: Any) -> Iterator[Any]:

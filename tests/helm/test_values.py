@@ -189,6 +189,13 @@ def test_what_does_not_go_together_is_refused_with_what_was_expected(values: dic
     assert told in str(refused.value)
 
 
+def test_a_release_whose_name_no_service_can_have_is_told_what_to_do() -> None:
+    with pytest.raises(helm.HelmRenderError) as refused:
+        texts({}, release="7")
+    assert "called 7, expected a name that begins with a letter" in str(refused.value)
+    assert texts({"fullnameOverride": "seven"}, release="7")
+
+
 def test_all_that_does_not_go_together_is_told_at_once() -> None:
     with pytest.raises(helm.HelmRenderError) as refused:
         texts({"valkey": {"enabled": False}, "ingress": {"enabled": True}, "httpRoute": {"enabled": True}})
