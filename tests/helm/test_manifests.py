@@ -293,6 +293,7 @@ def test_scalers_look_at_cpu_and_at_requests_in_flight() -> None:
     asked, cpu = one(case("keda"), "ScaledObject")["spec"]["triggers"]
     assert asked["metadata"]["query"].startswith("sum(gateway_http_active_requests{")
     assert (asked["metadata"]["threshold"], cpu["metadata"]["value"]) == ("200", "70")
+    assert asked["metadata"]["ignoreNullValues"] == "false"  # else no pod is needed while Prometheus is away
     for scaler in (one(case("hpa"), "HorizontalPodAutoscaler"), one(case("keda"), "ScaledObject")):
         text = json.dumps(scaler["spec"])
         assert '"stabilizationWindowSeconds": 600' in text  # a pod that goes keeps its streams: there is no hurry
