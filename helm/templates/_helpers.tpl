@@ -162,6 +162,9 @@ annotations:
 {{- range $i, $file := .Values.secrets.files }}
 - {name: secret-{{ $i }}, mountPath: {{ $file.path | quote }}, readOnly: true}
 {{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
 {{- /* What the spools of all workers may hold, and 64 MiB for other files: a pod that has more is evicted. */}}
@@ -176,6 +179,9 @@ annotations:
 {{- range $i, $file := .Values.secrets.files }}
 - name: secret-{{ $i }}
   secret: {secretName: {{ $file.secret | quote }}}
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 

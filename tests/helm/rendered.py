@@ -128,6 +128,9 @@ MATRIX: dict[str, dict[str, Any]] = {
             "files": [{"secret": "certificates", "path": "/etc/gateway/tls"}],
         },
         "extraEnv": [{"name": "OTEL_TRACES_SAMPLER_ARG", "value": "1e-3"}],
+        "extraVolumes": [{"name": "roots", "configMap": {"name": "roots", "defaultMode": 256}}],
+        "extraVolumeMounts": [{"name": "roots", "mountPath": "/etc/roots", "readOnly": True}],
+        "listen": "::",
         "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}, "data": {"a": "b"}}],
     },
 }

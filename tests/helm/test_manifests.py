@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 import yaml
 
+from gateway import supervisor
 from gateway.policy import load
 from gateway.settings import Settings
 from tests.helm.rendered import (
@@ -174,7 +176,7 @@ def test_selectors_find_their_own_pods_and_no_others(name: str) -> None:
         assert [found for found in labels if _fits(selector, found)] == [
             manifest["spec"]["template"]["metadata"]["labels"]
         ]
-    wanted = {"gateway": "gateway", "admin": "gateway", "valkey": "valkey", "exporter": "exporter"}
+    wanted = {"gateway": "gateway", "admin": "gateway", "valkey": "valkey", "exporter": "exporter", "test": "test"}
     selectors = [(component(service), service["spec"]["selector"]) for service in of_kind(made, "Service")]
     selectors += [
         (component(manifest), manifest["spec"][where]["matchLabels"])
@@ -358,12 +360,25 @@ def test_network_policies_let_pass_what_is_needed(name: str) -> None:
     assert probed | {"http", "admin"} == set(open_ports)
     assert len(open_ports["admin"]["from"]) == 2  # who scrapes, and `helm test`
     assert len(open_ports["http"].get("from", ())) == (2 if name == "closed-network" else 0)
-    for of in {"gateway", "exporter"} & set(policies):
+    listens = {
+        of: {port["containerPort"] for port in container.get("ports", ())}
+        for of, container in (
+            (metadata["labels"]["app.kubernetes.io/component"], spec["containers"][0]) for metadata, spec in pods(made)
+        )
+    }
+    for of in {"gateway", "exporter", "test"} & set(policies):
         out = policies[of]["egress"]
         assert {port["port"] for port in out[0]["ports"]} == {53}
-        assert (["valkey"] in [[port["port"] for port in rule.get("ports", ())] for rule in out]) == (
-            "valkey" in policies
-        )
+        to = {
+            rule["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]: {
+                port["port"] for port in rule["ports"]
+            }
+            for rule in out
+            if set(rule.get("to", [{}])[0]) == {"podSelector"}
+        }
+        wanted = {"gateway"} if of == "test" else {"valkey"} & set(policies)
+        assert to == {component: listens[component] for component in wanted}
+    assert len(policies["test"]["egress"]) == 2
     assert ("exporter" in policies) == (name == "exporters")
     if "valkey" in policies:
         (rule,) = policies["valkey"]["ingress"]
@@ -374,7 +389,9 @@ def test_network_policies_let_pass_what_is_needed(name: str) -> None:
 def test_requests_may_not_go_where_clouds_keep_credentials() -> None:
     rules = one(case("nothing"), "NetworkPolicy")["spec"]["egress"]
     blocks = [peer["ipBlock"] for rule in rules for peer in rule.get("to", ()) if "ipBlock" in peer]
-    assert [block["except"][0] for block in blocks] == ["169.254.0.0/16", "fe80::/10"]
+    closed = [ip_network(one) for block in blocks for one in block["except"]]
+    for address in ("169.254.169.254", "fd00:ec2::254", "168.63.129.16", "100.100.100.200"):  # Azure's, Alibaba's
+        assert any(ip_address(address) in network for network in closed)
 
 
 # — what follows from what
@@ -386,7 +403,8 @@ def test_the_grace_period_has_room_for_the_longest_stream(stream: int, sleep: in
     spec = gateway_pod(made)
     told = {variable["name"]: variable.get("value") for variable in spec["containers"][0]["env"]}
     assert (told["GATEWAY_DRAIN"], told["GATEWAY_DRAIN_DELAY"]) == (str(stream), str(delay))
-    assert spec["terminationGracePeriodSeconds"] == sleep + delay + stream + 10
+    # What the supervisor waits for workers beyond draining, and for the control plane after them.
+    assert spec["terminationGracePeriodSeconds"] == sleep + delay + stream + supervisor._PATIENCE + 5
     hook = spec["containers"][0].get("lifecycle")
     assert hook == ({"preStop": {"sleep": {"seconds": sleep}}} if sleep else None)
 
@@ -396,7 +414,10 @@ def test_nginx_does_not_hold_back_nor_cut_what_streams() -> None:
     own = {name.removeprefix("nginx.ingress.kubernetes.io/"): value for name, value in annotations.items()}
     assert (own["proxy-buffering"], own["proxy-read-timeout"], own["proxy-next-upstream"]) == ("off", "600", "off")
     assert own["proxy-body-size"] == "32m"  # what is set comes first
-    assert "annotations" not in one(case("routes"), "Ingress")["metadata"]
+    unnamed = one(case("routes"), "Ingress")["metadata"]["annotations"]  # the cluster's own class may be nginx
+    assert unnamed == {**annotations, "nginx.ingress.kubernetes.io/proxy-body-size": "0"}
+    other = render({"ingress": {"enabled": True, "hosts": ["llm.example"], "className": "traefik"}})
+    assert "annotations" not in one(other, "Ingress")["metadata"]
 
 
 def test_a_route_has_no_timeout_that_would_cut_a_stream() -> None:
@@ -472,6 +493,17 @@ def test_exporters_are_deployments_of_their_own() -> None:
     names = {variable["name"] for variable in found["warehouse"]["template"]["spec"]["containers"][0]["env"]}
     assert "WAREHOUSE_DSN" in names
     assert not {"GATEWAY_KEY_PEPPER", "GATEWAY_ADMIN_KEY"} & names  # it needs neither
+
+
+def test_what_is_set_for_all_pods_is_with_gateway_and_exporters_alike() -> None:
+    made = render({**MATRIX["secrets"], "exporters": {"archive": {}}})
+    for _, spec in pods(of_kind(made, "Deployment")):
+        (mount,) = (one for one in spec["containers"][0]["volumeMounts"] if one["name"] == "roots")
+        assert mount == {"name": "roots", "mountPath": "/etc/roots", "readOnly": True}
+        (volume,) = (one for one in spec["volumes"] if one["name"] == "roots")
+        assert volume["configMap"] == {"name": "roots", "defaultMode": 256}
+    told = {variable["name"]: variable.get("value") for variable in gateway_pod(made)["containers"][0]["env"]}
+    assert (told["GATEWAY_HOST"], told["GATEWAY_ADMIN_HOST"]) == ("::", "::")
 
 
 def test_an_image_is_named_by_its_digest_where_there_is_one() -> None:

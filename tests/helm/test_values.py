@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.otel import Tracing
 from tests import docs
 from tests.helm.rendered import CHART, EXTERNAL, MATRIX, case, chart, gateway_pod, helm, one, render, schema, texts
 
@@ -19,6 +20,7 @@ FREE = {
     "affinity.podAffinity",
     "affinity.podAntiAffinity",
     "extraObjects[]",
+    "extraVolumes[]",
     "global",
     "policies.documents{}",
 }
@@ -204,8 +206,15 @@ def test_all_that_does_not_go_together_is_told_at_once() -> None:
 
 def test_what_the_readme_shows_can_be_installed(tmp_path: Path) -> None:
     readme = (CHART / "README.md").read_text("utf-8")
-    production, exporters = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL))
-    kinds = {manifest["kind"] for manifest in render({**production, **exporters})}
+    production, traces, exporters = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    )
+    made = render({**production, **traces, **exporters})
+    kinds = {manifest["kind"] for manifest in made}
+    told = {variable["name"]: variable.get("value", "") for variable in gateway_pod(made)["containers"][0]["env"]}
+    asked = Tracing.read(told, "0")
+    assert asked is not None
+    assert (asked.endpoint, asked.ratio) == ("http://collector.monitoring:4318/v1/traces", 0.01)
     assert {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"} <= kinds
     assert not {"Secret", "StatefulSet"} & kinds
     (set_file,) = re.findall(r"--set-file '(.*?)=policies.yaml'", readme)
