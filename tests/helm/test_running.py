@@ -147,6 +147,8 @@ def _local(made: list[Manifest], container: Manifest, folder: Path, valkey_port:
         "GATEWAY_ADMIN_PORT": str(free_port()),
         "GATEWAY_STORE_DEADLINE": "5",  # this machine is noisy
     }
+    if "GATEWAY_DRAIN_DELAY" in told:
+        here["GATEWAY_DRAIN_DELAY"] = str(min(1, int(told["GATEWAY_DRAIN_DELAY"])))
     ours = {name: os.environ[name] for name in ("PATH", "LANG", "VIRTUAL_ENV") if name in os.environ}
     return {**ours, "PYTHONPATH": str(ROOT), **told, **{name: here[name] for name in here if name in told}}
 
@@ -250,8 +252,15 @@ def test_while_the_store_is_away_the_pod_stays_among_those_that_are_asked(
     assert pod.status(asked["port"], asked["path"]) == 200
 
 
-def test_told_to_go_it_goes_and_has_written_nothing_but_its_state(pod: Running) -> None:
-    pod.process.send_signal(signal.SIGTERM)
+def test_told_to_go_it_ends_kept_connections_with_an_answer_goes_and_has_written_nothing_but_its_state(
+    pod: Running,
+) -> None:
+    assert int(pod.env["GATEWAY_DRAIN_DELAY"]) > 0  # else they are closed under whoever is about to ask
+    with httpx.Client(base_url=pod.url("http"), trust_env=False) as caller:
+        assert "connection" not in caller.get("/healthz/live").headers  # kept
+        pod.process.send_signal(signal.SIGTERM)
+        while caller.get("/healthz/live").headers.get("connection") != "close":
+            time.sleep(0.02)
     assert pod.process.wait(PATIENCE) == 0
     assert list((pod.folder / "root").iterdir()) == []
     assert sorted(path.name for path in pod.folder.iterdir()) == ["log", "policies", "root", "state"]
