@@ -185,6 +185,13 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{- /* Bytes, of a quantity of Kubernetes or of Valkey. */}}
+{{- define "gateway.bytes" -}}
+{{- $unit := regexFind "[A-Za-z]+$" . -}}
+{{- $powers := dict "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "kb" 1024 "mb" 1048576 "gb" 1073741824 -}}
+{{- mulf (trimSuffix $unit .) (dig $unit 1 $powers) -}}
+{{- end }}
+
 {{- /* What is wrong with values that are each for themselves well, told at once. */}}
 {{- define "gateway.checks" -}}
 {{- $v := .Values }}
@@ -215,6 +222,11 @@ annotations:
 {{- end }}
 {{- if and $v.valkey.enabled $v.store.existingSecret }}
 {{- $wrong = append $wrong "valkey.enabled is true and store.existingSecret is set, expected one store: set valkey.enabled to false to use your own" }}
+{{- end }}
+{{- with dig "limits" "memory" "" $v.valkey.resources | toString }}
+{{- if and $v.valkey.enabled (ge (include "gateway.bytes" $v.valkey.maxMemory | float64) (include "gateway.bytes" . | float64)) }}
+{{- $wrong = append $wrong (printf "valkey.maxMemory is %s, expected less than valkey.resources.limits.memory, %s: it would be killed before it is full" $v.valkey.maxMemory .) }}
+{{- end }}
 {{- end }}
 {{- if not (or $v.valkey.enabled $v.store.existingSecret) }}
 {{- $wrong = append $wrong "there is no store, expected store.existingSecret, a Secret that holds its address, or valkey.enabled" }}

@@ -47,6 +47,7 @@ MATRIX: dict[str, dict[str, Any]] = {
             "existingSecret": "password",
             "appendfsync": "always",
             "maxMemory": "3gb",
+            "resources": {"limits": {"memory": "6Gi"}},
             "image": {"digest": "sha256:" + "0" * 64},
             "persistence": {"size": "100Gi", "storageClass": "fast"},
         }

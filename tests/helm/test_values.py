@@ -175,6 +175,14 @@ def test_what_does_not_fit_is_refused_by_name(values: dict[str, Any], named: str
         ),
         ({"store": {"existingSecret": "store"}}, "expected one store: set valkey.enabled to false"),
         ({"valkey": {"enabled": False}}, "there is no store, expected store.existingSecret"),
+        (
+            {"valkey": {"maxMemory": "2gb"}},
+            "maxMemory is 2gb, expected less than valkey.resources.limits.memory, 2Gi",
+        ),
+        (
+            {"valkey": {"maxMemory": "954mb", "resources": {"limits": {"memory": 1e9}}}},
+            "maxMemory is 954mb, expected less than valkey.resources.limits.memory, 1e+09",
+        ),
         ({"policies": {"documents": {"a.yaml": {}}, "existingConfigMap": "b"}}, "are both set, expected one of them"),
         ({"ingress": {"enabled": True}}, "ingress.hosts is empty, expected at least one host name"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs is empty, expected at least one Gateway"),
@@ -196,6 +204,11 @@ def test_a_release_whose_name_no_service_can_have_is_told_what_to_do() -> None:
         texts({}, release="7")
     assert "called 7, expected a name that begins with a letter" in str(refused.value)
     assert texts({"fullnameOverride": "seven"}, release="7")
+
+
+@pytest.mark.parametrize(("most", "limit"), [("2047mb", "2Gi"), ("1gb", "1.1Gi"), ("953mb", 1e9), ("100gb", None)])
+def test_a_store_that_has_room_may_be_as_large_as_it_likes(most: str, limit: object) -> None:
+    assert texts({"valkey": {"maxMemory": most, "resources": {"limits": {"memory": limit}}}})
 
 
 def test_all_that_does_not_go_together_is_told_at_once() -> None:
