@@ -409,6 +409,30 @@ def test_the_grace_period_has_room_for_the_longest_stream(stream: int, sleep: in
     assert hook == ({"preStop": {"sleep": {"seconds": sleep}}} if sleep else None)
 
 
+def test_whoever_replaces_or_evicts_pods_leaves_enough_of_them() -> None:
+    made = case("own-store")
+    spec = one(made, "Deployment")["spec"]
+    assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    for spread in gateway_pod(made)["topologySpreadConstraints"]:
+        assert spread["matchLabelKeys"] == ["pod-template-hash"]  # the new ones spread by themselves
+    budget = one(made, "PodDisruptionBudget")["spec"]
+    assert spec["replicas"] == budget["maxUnavailable"] == 1  # a single pod keeps no node from being emptied
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@every_case
+def test_callers_do_not_reach_the_control_plane_and_liveness_asks_for_nothing_else(name: str) -> None:
+    made, container = case(name), gateway_pod(case(name))["containers"][0]
+    assert one(made, "Service", "admin")["spec"]["type"] == "ClusterIP"
+    asked = {probe: container[probe]["httpGet"]["path"] for probe in container if probe.endswith("Probe")}
+    assert asked == {
+        "startupProbe": "/healthz/live",
+        "livenessProbe": "/healthz/live",
+        "readinessProbe": "/healthz/ready",
+    }
+    assert one(made, "Pod", "test")["metadata"]["annotations"]["helm.sh/hook"] == "test"
+
+
 def test_nginx_does_not_hold_back_nor_cut_what_streams() -> None:
     annotations = one(case("nginx"), "Ingress")["metadata"]["annotations"]
     own = {name.removeprefix("nginx.ingress.kubernetes.io/"): value for name, value in annotations.items()}
