@@ -138,8 +138,8 @@ class Case:
         return answer.status_code, answer.json()
 
     async def reasons(self) -> list[str]:
-        """What is amiss; nothing where all is well. It is ready all the same as long as callers are known: a balancer that
-        took it out for its store would take out all."""
+        """What is amiss; nothing where all is well. It is ready all the same as long as callers are known: a balancer
+        that took it out for its store would take out all."""
         status, said = await self.get("/healthz/ready")
         word = "degraded" if said["reasons"] else "ready"
         assert (status, said["status"]) == ((200, word) if self.house.gateway.keys.known else (503, "not ready"))
