@@ -245,25 +245,27 @@ class Gateway:
         return self._proxy.under_way
 
     def unready(self) -> list[str]:
-        """Why requests should not come here; nothing where they should."""
+        """Why requests should not come here; nothing where they should. That the store is away is no reason: limits are
+        held without it, and whoever else is asked has no other one."""
         settlements = self.admission.settlements
         return [
             reason
             for reason, holds in (
                 ("draining", self.draining),
                 ("hardly any memory is left", self._level >= Level.REFUSING),
-                ("keys are not loaded", not self.keys.loaded and not self.store.away),
-                (f"the store {self.store.reason}", self.store.away),
+                ("no key has been read yet", not self.keys.known),
                 (f"the spool cannot be written: {settlements.unwritable}", settlements.unwritable),
+                ("what is used can be written down nowhere", self.store.away and settlements.unkept),
             )
             if holds
         ]
 
     async def _ready(self, request: Request) -> Response:
-        """Whether requests should come here."""
+        """Whether requests should come here, and what is amiss even if they should."""
         reasons = self.unready()
-        body = {"status": "ready" if not reasons else "not ready", "reasons": reasons}
-        return JSONResponse(body, status_code=503 if reasons else 200)
+        amiss = [f"the store {self.store.reason}"] if self.store.away else []
+        status = "not ready" if reasons else "degraded" if amiss else "ready"
+        return JSONResponse({"status": status, "reasons": reasons + amiss}, status_code=503 if reasons else 200)
 
 
 # The page has nothing from elsewhere, and no script.
@@ -326,7 +328,7 @@ async def opened(settings: Settings, store_url: str) -> AsyncIterator[Gateway]:
     """A gateway with everything it needs open; left, everything is settled and closed. Raises PolicyError, StoreError,
     and SettingsError for OpenTelemetry's variables.
 
-    A store that is away does not keep it from starting: it is not ready until the store has come.
+    A store that is away does not keep it from starting: it is not ready until it has read the keys there.
     """
     traces = telemetry.traces(os.environ)
     live = reload.opened(settings.policies)

@@ -111,6 +111,11 @@ class KeyRing:
     def __repr__(self) -> str:
         return f"<KeyRing {len(self._principals)} usable of {len(self._records)} keys>"
 
+    @property
+    def known(self) -> bool:
+        """Whether the keys were read at least once, so that callers are known."""
+        return self._read
+
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
         """Who sent these headers. Raises Unauthenticated, in the same words and after the same work for every key; and
         StoreUnavailable as long as no key could be read at all."""

@@ -14,8 +14,8 @@
 {{- /* What a selector looks for: (list $ "gateway"), (list $ "exporter"), … */}}
 {{- define "gateway.selector" -}}
 {{- $root := index . 0 -}}
-app.kubernetes.io/name: {{ include "gateway.name" $root }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ include "gateway.name" $root | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
@@ -96,17 +96,17 @@ securityContext:
 
 {{- /* No token, and no variables of the cluster's Services: that of one named `gateway` is GATEWAY_PORT. */}}
 {{- define "gateway.podBasics" -}}
-serviceAccountName: {{ include "gateway.serviceAccount" . }}
+serviceAccountName: {{ include "gateway.serviceAccount" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with .Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .Values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
@@ -119,11 +119,11 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
-{{- /* (list $ COMPONENT LABELS). What is no gateway reads its policies when it starts, and only then. */}}
+{{- /* (list $ COMPONENT LABELS). Of versions nothing, so that a new chart replaces only what it changes. What is no gateway reads its policies when it starts, and only then. */}}
 {{- define "gateway.podMetadata" -}}
 {{- $root := index . 0 -}}
 labels:
-  {{- include "gateway.labels" . | nindent 2 }}
+  {{- include "gateway.selector" . | nindent 2 }}
   {{- with merge (dict) (index . 2) $root.Values.podLabels }}{{ toYaml . | nindent 2 }}{{ end }}
 annotations:
   kubectl.kubernetes.io/default-container: {{ index . 1 }}
@@ -135,8 +135,8 @@ annotations:
 
 {{- /* A variable from a Secret: (list NAME SECRET KEY) */}}
 {{- define "gateway.secretVariable" -}}
-- name: {{ index . 0 }}
-  valueFrom: {secretKeyRef: {name: {{ index . 1 }}, key: {{ index . 2 }}}}
+- name: {{ index . 0 | quote }}
+  valueFrom: {secretKeyRef: {name: {{ index . 1 | quote }}, key: {{ index . 2 | quote }}}}
 {{- end }}
 
 {{- /* What every command of the gateway is told: where things are. */}}
@@ -151,7 +151,7 @@ annotations:
 {{ include "gateway.secretVariable" (list "GATEWAY_REDIS_URL" .Values.store.existingSecret .Values.store.key) }}
 {{- end }}
 {{- range .Values.extraEnv }}
-- {name: {{ .name }}, value: {{ .value | quote }}}
+- {name: {{ .name | quote }}, value: {{ .value | quote }}}
 {{- end }}
 {{- end }}
 
@@ -160,7 +160,10 @@ annotations:
 - {name: state, mountPath: /var/lib/gateway}
 - {name: tmp, mountPath: /tmp}
 {{- range $i, $file := .Values.secrets.files }}
-- {name: secret-{{ $i }}, mountPath: {{ $file.path }}, readOnly: true}
+- {name: secret-{{ $i }}, mountPath: {{ $file.path | quote }}, readOnly: true}
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
@@ -168,21 +171,34 @@ annotations:
 {{- define "gateway.volumes" -}}
 {{- $mebibytes := div (mul (int64 .Values.workers) (int64 .Values.spoolMost)) 1048576 -}}
 - name: policies
-  configMap: {name: {{ include "gateway.policiesName" . }}}
+  configMap: {name: {{ include "gateway.policiesName" . | quote }}}
 - name: state
   emptyDir: {sizeLimit: {{ add $mebibytes 64 }}Mi}
 - name: tmp
   emptyDir: {}
 {{- range $i, $file := .Values.secrets.files }}
 - name: secret-{{ $i }}
-  secret: {secretName: {{ $file.secret }}}
+  secret: {secretName: {{ $file.secret | quote }}}
 {{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* Bytes, of a quantity of Kubernetes or of Valkey. */}}
+{{- define "gateway.bytes" -}}
+{{- $unit := regexFind "[A-Za-z]+$" . -}}
+{{- $powers := dict "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "kb" 1024 "mb" 1048576 "gb" 1073741824 -}}
+{{- mulf (trimSuffix $unit .) (dig $unit 1 $powers) -}}
 {{- end }}
 
 {{- /* What is wrong with values that are each for themselves well, told at once. */}}
 {{- define "gateway.checks" -}}
 {{- $v := .Values }}
 {{- $wrong := list }}
+{{- if regexMatch "^[0-9]" (include "gateway.fullname" .) }}
+{{- $wrong = append $wrong (printf "the release is called %s, expected a name that begins with a letter, as those of Services do, or fullnameOverride" .Release.Name) }}
+{{- end }}
 {{- if and $v.autoscaling.enabled $v.keda.enabled }}
 {{- $wrong = append $wrong "autoscaling.enabled and keda.enabled are both true, expected one of them: two would fight over the replicas" }}
 {{- end }}
@@ -206,6 +222,11 @@ annotations:
 {{- end }}
 {{- if and $v.valkey.enabled $v.store.existingSecret }}
 {{- $wrong = append $wrong "valkey.enabled is true and store.existingSecret is set, expected one store: set valkey.enabled to false to use your own" }}
+{{- end }}
+{{- with dig "limits" "memory" "" $v.valkey.resources | toString }}
+{{- if and $v.valkey.enabled (ge (include "gateway.bytes" $v.valkey.maxMemory | float64) (include "gateway.bytes" . | float64)) }}
+{{- $wrong = append $wrong (printf "valkey.maxMemory is %s, expected less than valkey.resources.limits.memory, %s: it would be killed before it is full" $v.valkey.maxMemory .) }}
+{{- end }}
 {{- end }}
 {{- if not (or $v.valkey.enabled $v.store.existingSecret) }}
 {{- $wrong = append $wrong "there is no store, expected store.existingSecret, a Secret that holds its address, or valkey.enabled" }}

@@ -47,6 +47,7 @@ MATRIX: dict[str, dict[str, Any]] = {
             "existingSecret": "password",
             "appendfsync": "always",
             "maxMemory": "3gb",
+            "resources": {"limits": {"memory": "6Gi"}},
             "image": {"digest": "sha256:" + "0" * 64},
             "persistence": {"size": "100Gi", "storageClass": "fast"},
         }
@@ -128,6 +129,9 @@ MATRIX: dict[str, dict[str, Any]] = {
             "files": [{"secret": "certificates", "path": "/etc/gateway/tls"}],
         },
         "extraEnv": [{"name": "OTEL_TRACES_SAMPLER_ARG", "value": "1e-3"}],
+        "extraVolumes": [{"name": "roots", "configMap": {"name": "roots", "defaultMode": 256}}],
+        "extraVolumeMounts": [{"name": "roots", "mountPath": "/etc/roots", "readOnly": True}],
+        "listen": "::",
         "extraObjects": [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "more"}, "data": {"a": "b"}}],
     },
 }
@@ -139,16 +143,17 @@ def chart() -> Any:
     return helm.Chart.load(CHART)
 
 
-def texts(values: Mapping[str, Any]) -> dict[str, str]:
+def texts(values: Mapping[str, Any], release: str = RELEASE) -> dict[str, str]:
     """What each template makes of values that fit the schema, as an installation does it. Raises helm.HelmError."""
     chart().validate_schema(dict(values))
-    found: dict[str, str] = chart().render(dict(values), name=RELEASE, namespace=NAMESPACE)
+    found: dict[str, str] = chart().render(dict(values), name=release, namespace=NAMESPACE)
     return {name.removeprefix("model-gateway/templates/"): text for name, text in found.items()}
 
 
-def render(values: Mapping[str, Any]) -> list[Manifest]:
+def render(values: Mapping[str, Any], release: str = RELEASE) -> list[Manifest]:
     """The objects that these values make."""
-    made = (yaml.load_all(text, yaml.CSafeLoader) for name, text in texts(values).items() if name != "NOTES.txt")
+    told = texts(values, release).items()
+    made = (yaml.load_all(text, yaml.CSafeLoader) for name, text in told if name != "NOTES.txt")
     return [manifest for several in made for manifest in several if manifest is not None]
 
 

@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 import yaml
 
+from gateway import supervisor
 from gateway.policy import load
 from gateway.settings import Settings
 from tests.helm.rendered import (
@@ -50,7 +52,6 @@ FOREIGN: Mapping[tuple[str, str], tuple[set[str], set[str]]] = {
     ),
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): ({"parentRefs", "rules"}, {"hostnames"}),
 }
-# Those of GATEWAY_ that the settings get with the supervisor.
 
 
 @every_case
@@ -101,6 +102,48 @@ def test_a_long_name_leaves_room_for_what_is_put_after_it() -> None:
     assert max(len(manifest["metadata"]["name"]) for manifest in made) <= 63
 
 
+def test_names_that_look_like_numbers_or_more_of_yaml_stay_names() -> None:
+    odd = {
+        "nameOverride": "1e3",
+        "fullnameOverride": "gw",
+        "image": {"pullSecrets": ["1e3"]},
+        "priorityClassName": "1000",
+        "serviceAccount": {"name": "0x1f"},
+        "secrets": {
+            "existingSecret": "123",
+            "env": [{"name": "NO", "secret": "1.5", "key": "yes"}],
+            "envFrom": ["7"],
+            "files": [{"secret": "8", "path": "/etc/a, b}"}],
+        },
+        "extraEnv": [{"name": "Y", "value": "no"}],
+        "store": {"existingSecret": "9", "key": "1"},
+        "valkey": {"enabled": False},
+        "policies": {"existingConfigMap": "2026"},
+        "ingress": {"enabled": True, "hosts": ["a"], "className": "1", "tlsSecret": "2"},
+        "exporters": {
+            "2026": {
+                "export": "1e3",
+                "claim": "10",
+                "path": "/var/a b",
+                "env": [{"name": "N", "secret": "1", "key": "0"}],
+            }
+        },
+    }
+    stored = {"valkey": {"existingSecret": "1", "persistence": {"storageClass": "2", "size": 1000000000}}}
+    for made in (render(odd, release="7"), render({**stored, "fullnameOverride": "gw"}, release="7")):
+        for manifest in made:
+            kubernetes.validate(manifest, VERSIONS[-1], strict=True)
+    (pod,) = (spec for meta, spec in pods(render(odd)) if meta["labels"].get("model-gateway/export") == "2026")
+    assert pod["containers"][0]["args"] == ["export", "1e3"]
+    assert {"/etc/a, b}", "/var/a b"} < {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+
+
+def test_a_new_version_replaces_no_pod_that_it_does_not_change() -> None:
+    """The store is one pod: while it is replaced, limits are held without it."""
+    for metadata, _ in pods([m for m in case("exporters") if m["kind"] != "Pod"]):
+        assert {name.rpartition("/")[2] for name in metadata["labels"]} <= {"name", "instance", "component", "export"}
+
+
 def _leaves(tree: Any) -> Iterator[Any]:
     if isinstance(tree, dict | list):
         for inner in tree.values() if isinstance(tree, dict) else tree:
@@ -133,7 +176,7 @@ def test_selectors_find_their_own_pods_and_no_others(name: str) -> None:
         assert [found for found in labels if _fits(selector, found)] == [
             manifest["spec"]["template"]["metadata"]["labels"]
         ]
-    wanted = {"gateway": "gateway", "admin": "gateway", "valkey": "valkey", "exporter": "exporter"}
+    wanted = {"gateway": "gateway", "admin": "gateway", "valkey": "valkey", "exporter": "exporter", "test": "test"}
     selectors = [(component(service), service["spec"]["selector"]) for service in of_kind(made, "Service")]
     selectors += [
         (component(manifest), manifest["spec"][where]["matchLabels"])
@@ -252,6 +295,7 @@ def test_scalers_look_at_cpu_and_at_requests_in_flight() -> None:
     asked, cpu = one(case("keda"), "ScaledObject")["spec"]["triggers"]
     assert asked["metadata"]["query"].startswith("sum(gateway_http_active_requests{")
     assert (asked["metadata"]["threshold"], cpu["metadata"]["value"]) == ("200", "70")
+    assert asked["metadata"]["ignoreNullValues"] == "false"  # else no pod is needed while Prometheus is away
     for scaler in (one(case("hpa"), "HorizontalPodAutoscaler"), one(case("keda"), "ScaledObject")):
         text = json.dumps(scaler["spec"])
         assert '"stabilizationWindowSeconds": 600' in text  # a pod that goes keeps its streams: there is no hurry
@@ -316,12 +360,25 @@ def test_network_policies_let_pass_what_is_needed(name: str) -> None:
     assert probed | {"http", "admin"} == set(open_ports)
     assert len(open_ports["admin"]["from"]) == 2  # who scrapes, and `helm test`
     assert len(open_ports["http"].get("from", ())) == (2 if name == "closed-network" else 0)
-    for of in {"gateway", "exporter"} & set(policies):
+    listens = {
+        of: {port["containerPort"] for port in container.get("ports", ())}
+        for of, container in (
+            (metadata["labels"]["app.kubernetes.io/component"], spec["containers"][0]) for metadata, spec in pods(made)
+        )
+    }
+    for of in {"gateway", "exporter", "test"} & set(policies):
         out = policies[of]["egress"]
         assert {port["port"] for port in out[0]["ports"]} == {53}
-        assert (["valkey"] in [[port["port"] for port in rule.get("ports", ())] for rule in out]) == (
-            "valkey" in policies
-        )
+        to = {
+            rule["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"]: {
+                port["port"] for port in rule["ports"]
+            }
+            for rule in out
+            if set(rule.get("to", [{}])[0]) == {"podSelector"}
+        }
+        wanted = {"gateway"} if of == "test" else {"valkey"} & set(policies)
+        assert to == {component: listens[component] for component in wanted}
+    assert len(policies["test"]["egress"]) == 2
     assert ("exporter" in policies) == (name == "exporters")
     if "valkey" in policies:
         (rule,) = policies["valkey"]["ingress"]
@@ -332,7 +389,9 @@ def test_network_policies_let_pass_what_is_needed(name: str) -> None:
 def test_requests_may_not_go_where_clouds_keep_credentials() -> None:
     rules = one(case("nothing"), "NetworkPolicy")["spec"]["egress"]
     blocks = [peer["ipBlock"] for rule in rules for peer in rule.get("to", ()) if "ipBlock" in peer]
-    assert [block["except"][0] for block in blocks] == ["169.254.0.0/16", "fe80::/10"]
+    closed = [ip_network(one) for block in blocks for one in block["except"]]
+    for address in ("169.254.169.254", "fd00:ec2::254", "168.63.129.16", "100.100.100.200"):  # Azure's, Alibaba's
+        assert any(ip_address(address) in network for network in closed)
 
 
 # — what follows from what
@@ -344,9 +403,34 @@ def test_the_grace_period_has_room_for_the_longest_stream(stream: int, sleep: in
     spec = gateway_pod(made)
     told = {variable["name"]: variable.get("value") for variable in spec["containers"][0]["env"]}
     assert (told["GATEWAY_DRAIN"], told["GATEWAY_DRAIN_DELAY"]) == (str(stream), str(delay))
-    assert spec["terminationGracePeriodSeconds"] == sleep + delay + stream + 10
+    # What the supervisor waits for workers beyond draining, and for the control plane after them.
+    assert spec["terminationGracePeriodSeconds"] == sleep + delay + stream + supervisor._PATIENCE + 5
     hook = spec["containers"][0].get("lifecycle")
     assert hook == ({"preStop": {"sleep": {"seconds": sleep}}} if sleep else None)
+
+
+def test_whoever_replaces_or_evicts_pods_leaves_enough_of_them() -> None:
+    made = case("own-store")
+    spec = one(made, "Deployment")["spec"]
+    assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    for spread in gateway_pod(made)["topologySpreadConstraints"]:
+        assert spread["matchLabelKeys"] == ["pod-template-hash"]  # the new ones spread by themselves
+    budget = one(made, "PodDisruptionBudget")["spec"]
+    assert spec["replicas"] == budget["maxUnavailable"] == 1  # a single pod keeps no node from being emptied
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@every_case
+def test_callers_do_not_reach_the_control_plane_and_liveness_asks_for_nothing_else(name: str) -> None:
+    made, container = case(name), gateway_pod(case(name))["containers"][0]
+    assert one(made, "Service", "admin")["spec"]["type"] == "ClusterIP"
+    asked = {probe: container[probe]["httpGet"]["path"] for probe in container if probe.endswith("Probe")}
+    assert asked == {
+        "startupProbe": "/healthz/live",
+        "livenessProbe": "/healthz/live",
+        "readinessProbe": "/healthz/ready",
+    }
+    assert one(made, "Pod", "test")["metadata"]["annotations"]["helm.sh/hook"] == "test"
 
 
 def test_nginx_does_not_hold_back_nor_cut_what_streams() -> None:
@@ -354,7 +438,10 @@ def test_nginx_does_not_hold_back_nor_cut_what_streams() -> None:
     own = {name.removeprefix("nginx.ingress.kubernetes.io/"): value for name, value in annotations.items()}
     assert (own["proxy-buffering"], own["proxy-read-timeout"], own["proxy-next-upstream"]) == ("off", "600", "off")
     assert own["proxy-body-size"] == "32m"  # what is set comes first
-    assert "annotations" not in one(case("routes"), "Ingress")["metadata"]
+    unnamed = one(case("routes"), "Ingress")["metadata"]["annotations"]  # the cluster's own class may be nginx
+    assert unnamed == {**annotations, "nginx.ingress.kubernetes.io/proxy-body-size": "0"}
+    other = render({"ingress": {"enabled": True, "hosts": ["llm.example"], "className": "traefik"}})
+    assert "annotations" not in one(other, "Ingress")["metadata"]
 
 
 def test_a_route_has_no_timeout_that_would_cut_a_stream() -> None:
@@ -430,6 +517,17 @@ def test_exporters_are_deployments_of_their_own() -> None:
     names = {variable["name"] for variable in found["warehouse"]["template"]["spec"]["containers"][0]["env"]}
     assert "WAREHOUSE_DSN" in names
     assert not {"GATEWAY_KEY_PEPPER", "GATEWAY_ADMIN_KEY"} & names  # it needs neither
+
+
+def test_what_is_set_for_all_pods_is_with_gateway_and_exporters_alike() -> None:
+    made = render({**MATRIX["secrets"], "exporters": {"archive": {}}})
+    for _, spec in pods(of_kind(made, "Deployment")):
+        (mount,) = (one for one in spec["containers"][0]["volumeMounts"] if one["name"] == "roots")
+        assert mount == {"name": "roots", "mountPath": "/etc/roots", "readOnly": True}
+        (volume,) = (one for one in spec["volumes"] if one["name"] == "roots")
+        assert volume["configMap"] == {"name": "roots", "defaultMode": 256}
+    told = {variable["name"]: variable.get("value") for variable in gateway_pod(made)["containers"][0]["env"]}
+    assert (told["GATEWAY_HOST"], told["GATEWAY_ADMIN_HOST"]) == ("::", "::")
 
 
 def test_an_image_is_named_by_its_digest_where_there_is_one() -> None:

@@ -108,19 +108,67 @@ def test_queries_ask_for_figures_and_labels_that_there_are(where: str) -> None:
     for labels in re.findall(r"\bby \(([^)]*)\)", query):
         assert {label.strip() for label in labels.split(",")} <= known
     for matchers in re.findall(r"\{([^}]*)\}", query):
-        assert set(re.findall(r'(\w+)(?:=~|!=|=)"', matchers)) <= known
+        assert set(re.findall(r'(\w+)(?:=~|!~|!=|=)"', matchers)) <= known
 
 
 @pytest.mark.parametrize("where", QUERIES)
 def test_queries_ask_for_one_release_and_are_whole(where: str) -> None:
     query = QUERIES[where]
-    for opening, closing in ("()", "[]", "{}"):
-        assert query.count(opening) == query.count(closing)
     of = r'namespace="(llm|\$namespace)",app_kubernetes_io_instance="(gw|\$release)"'
     assert len(re.findall(of, query)) == len(re.findall(r"\bgateway_\w+\{", query)) > 0
     assert not set(re.findall(r"\$(\w+)", query)) - {"namespace", "release", "__rate_interval"}
-    for rate in re.findall(r"\b(?:rate|increase)\((gateway_\w+)", query):
+    for rate in re.findall(r"\b(?:rate|increase|changes)\((gateway_\w+)", query):
         assert rate.endswith(("_total", "_bucket"))  # of what only grows
+
+
+# PromQL, as much as we write of it: what is whole becomes what it is, V figures of now, R of a time, N a number.
+GRAMMAR = [
+    (r'\bgateway_\w+\{(?:\w+(?:=|!=|=~|!~)"[^"]*",?)*\}', "V"),
+    (r"V\[(?:\d+[smh]|\$__rate_interval)\]", "R"),
+    (r"(?<![\w.$])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])", "N"),
+    (r"\b(?:rate|increase|changes)\(R\)", "V"),
+    (r"\b(?:sum|min|max|count)(?: by \(\w+(?:, \w+)*\) )?\(V\)", "V"),
+    (r"\bhistogram_quantile\(N, V\)", "V"),
+    (r"\bvector\(N\)", "V"),
+    (r"(?<!\w)(?<!\) )\(V\)", "V"),
+    (r"\bN \* N\b", "N"),
+    (r"\bV (?:[*/]|or|[=!]=|[<>]=?) [VN]\b", "V"),
+]
+
+
+def _read(query: str) -> str:
+    """What is left of a query when all that is whole in it is read: V, or where it is wrong."""
+    before, left = "", " ".join(query.split())
+    while left != before:
+        before = left
+        for whole, what in GRAMMAR:
+            left = re.sub(whole, what, left)
+    return left
+
+
+@pytest.mark.parametrize("where", QUERIES)
+def test_queries_are_written_as_promql_is(where: str) -> None:
+    assert _read(QUERIES[where]) == "V"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "sum(gateway_a{}",
+        "sum(gateway_a{)}",
+        "summ(gateway_a{})",
+        "sum by pod (gateway_a{})",
+        "sum(gateway_a{}[5m])",
+        "rate(gateway_a{}[5 m])",
+        "gateway_a{} == $x",
+        'gateway_a{b="c" d="e"}',
+        "gateway_a{} gateway_b{}",
+        "gateway_a{}[5m]",
+        "up{} == 0",
+    ],
+)
+def test_a_query_that_is_not_promql_is_found(broken: str) -> None:
+    assert _read(broken) != "V"
 
 
 def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
@@ -145,6 +193,17 @@ def test_labels_that_a_summary_shows_are_left_by_its_expression() -> None:
     for alert in ALERTS:
         kept = {label for labels in re.findall(r"\bby \(([^)]*)\)", alert["expr"]) for label in labels.split(", ")}
         assert set(re.findall(r"\$labels\.(\w+)", alert["summary"])) <= kept - {"le"}
+
+
+def test_alerts_of_two_releases_are_two() -> None:
+    """What they add up has no label of a release, and Alertmanager takes for one what has the same labels."""
+    for rule in _rules():
+        assert rule["labels"].items() >= {"namespace": "llm", "release": "gw"}.items()
+
+
+def test_a_pod_that_says_it_is_not_ready_is_no_error_of_a_request() -> None:
+    (errors,) = (rule["expr"] for rule in _rules() if rule["alert"] == "GatewayErrors")
+    assert errors.count('route!~"/healthz/.*"') == errors.count("gateway_http_requests_total{") == 2
 
 
 def test_thresholds_are_those_of_the_values() -> None:

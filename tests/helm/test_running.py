@@ -147,6 +147,8 @@ def _local(made: list[Manifest], container: Manifest, folder: Path, valkey_port:
         "GATEWAY_ADMIN_PORT": str(free_port()),
         "GATEWAY_STORE_DEADLINE": "5",  # this machine is noisy
     }
+    if "GATEWAY_DRAIN_DELAY" in told:
+        here["GATEWAY_DRAIN_DELAY"] = str(min(1, int(told["GATEWAY_DRAIN_DELAY"])))
     ours = {name: os.environ[name] for name in ("PATH", "LANG", "VIRTUAL_ENV") if name in os.environ}
     return {**ours, "PYTHONPATH": str(ROOT), **told, **{name: here[name] for name in here if name in told}}
 
@@ -234,8 +236,31 @@ def test_helm_test_finds_it_well(made: list[Manifest], pod: Running) -> None:
     assert (done.returncode, done.stdout.count("as expected")) == (0, 5), done.stdout + done.stderr
 
 
-def test_told_to_go_it_goes_and_has_written_nothing_but_its_state(pod: Running) -> None:
-    pod.process.send_signal(signal.SIGTERM)
+def test_while_the_store_is_away_the_pod_stays_among_those_that_are_asked(
+    made: list[Manifest], valkey_port: int, pod: Running
+) -> None:
+    """Limits are held without it, and all pods have the same store: not one of them would be left."""
+    asked = pod.spec["containers"][0]["readinessProbe"]["httpGet"]
+    with _client(valkey_port, secrets_of(made)["gw-model-gateway-valkey"]["password"]) as client:
+        client.shutdown(nosave=True)
+    patience = time.monotonic() + PATIENCE
+    while b"\ngateway_store_up 0" not in httpx.get(pod.url("admin") + "/metrics", trust_env=False).content:
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    answer = httpx.get(pod.url("http") + "/healthz/ready", trust_env=False)
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert pod.status(asked["port"], asked["path"]) == 200
+
+
+def test_told_to_go_it_ends_kept_connections_with_an_answer_goes_and_has_written_nothing_but_its_state(
+    pod: Running,
+) -> None:
+    assert int(pod.env["GATEWAY_DRAIN_DELAY"]) > 0  # else they are closed under whoever is about to ask
+    with httpx.Client(base_url=pod.url("http"), trust_env=False) as caller:
+        assert "connection" not in caller.get("/healthz/live").headers  # kept
+        pod.process.send_signal(signal.SIGTERM)
+        while caller.get("/healthz/live").headers.get("connection") != "close":
+            time.sleep(0.02)
     assert pod.process.wait(PATIENCE) == 0
     assert list((pod.folder / "root").iterdir()) == []
     assert sorted(path.name for path in pod.folder.iterdir()) == ["log", "policies", "root", "state"]

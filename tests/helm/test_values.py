@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.otel import Tracing
 from tests import docs
 from tests.helm.rendered import CHART, EXTERNAL, MATRIX, case, chart, gateway_pod, helm, one, render, schema, texts
 
@@ -19,6 +20,7 @@ FREE = {
     "affinity.podAffinity",
     "affinity.podAntiAffinity",
     "extraObjects[]",
+    "extraVolumes[]",
     "global",
     "policies.documents{}",
 }
@@ -173,6 +175,14 @@ def test_what_does_not_fit_is_refused_by_name(values: dict[str, Any], named: str
         ),
         ({"store": {"existingSecret": "store"}}, "expected one store: set valkey.enabled to false"),
         ({"valkey": {"enabled": False}}, "there is no store, expected store.existingSecret"),
+        (
+            {"valkey": {"maxMemory": "2gb"}},
+            "maxMemory is 2gb, expected less than valkey.resources.limits.memory, 2Gi",
+        ),
+        (
+            {"valkey": {"maxMemory": "954mb", "resources": {"limits": {"memory": 1e9}}}},
+            "maxMemory is 954mb, expected less than valkey.resources.limits.memory, 1e+09",
+        ),
         ({"policies": {"documents": {"a.yaml": {}}, "existingConfigMap": "b"}}, "are both set, expected one of them"),
         ({"ingress": {"enabled": True}}, "ingress.hosts is empty, expected at least one host name"),
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs is empty, expected at least one Gateway"),
@@ -189,6 +199,18 @@ def test_what_does_not_go_together_is_refused_with_what_was_expected(values: dic
     assert told in str(refused.value)
 
 
+def test_a_release_whose_name_no_service_can_have_is_told_what_to_do() -> None:
+    with pytest.raises(helm.HelmRenderError) as refused:
+        texts({}, release="7")
+    assert "called 7, expected a name that begins with a letter" in str(refused.value)
+    assert texts({"fullnameOverride": "seven"}, release="7")
+
+
+@pytest.mark.parametrize(("most", "limit"), [("2047mb", "2Gi"), ("1gb", "1.1Gi"), ("953mb", 1e9), ("100gb", None)])
+def test_a_store_that_has_room_may_be_as_large_as_it_likes(most: str, limit: object) -> None:
+    assert texts({"valkey": {"maxMemory": most, "resources": {"limits": {"memory": limit}}}})
+
+
 def test_all_that_does_not_go_together_is_told_at_once() -> None:
     with pytest.raises(helm.HelmRenderError) as refused:
         texts({"valkey": {"enabled": False}, "ingress": {"enabled": True}, "httpRoute": {"enabled": True}})
@@ -197,8 +219,15 @@ def test_all_that_does_not_go_together_is_told_at_once() -> None:
 
 def test_what_the_readme_shows_can_be_installed(tmp_path: Path) -> None:
     readme = (CHART / "README.md").read_text("utf-8")
-    production, exporters = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL))
-    kinds = {manifest["kind"] for manifest in render({**production, **exporters})}
+    production, traces, exporters = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    )
+    made = render({**production, **traces, **exporters})
+    kinds = {manifest["kind"] for manifest in made}
+    told = {variable["name"]: variable.get("value", "") for variable in gateway_pod(made)["containers"][0]["env"]}
+    asked = Tracing.read(told, "0")
+    assert asked is not None
+    assert (asked.endpoint, asked.ratio) == ("http://collector.monitoring:4318/v1/traces", 0.01)
     assert {"ScaledObject", "PodMonitor", "PrometheusRule", "HTTPRoute"} <= kinds
     assert not {"Secret", "StatefulSet"} & kinds
     (set_file,) = re.findall(r"--set-file '(.*?)=policies.yaml'", readme)
