@@ -11,7 +11,8 @@
 
 Nothing is noted for them on the way but what the exchange notes anyway; the rest is worked out here. Of what was asked
 they have the numbers, of what was answered its size, its tokens and its end: never a word of either, nor a key, a user
-or a path that a caller chose.
+or a path that a caller chose. One text is a caller's own, the name of a model where policies leave it to him: of that
+what looks like a key is masked.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import msgspec
 
 from gateway.asgi import Scope
 from gateway.exchange import Exchange
+from gateway.masks import masked_text
 from gateway.normalize import InferenceRequest
 from gateway.snapshot import Model
 from gateway.upstream import Answer, Upstream
@@ -180,7 +182,11 @@ def _part(name: str, parent: bytes, began: float, ended: float, *, failed: bool 
 
 
 def _name(x: Exchange, model: Model) -> str:
-    return f"{_OPERATIONS.get(x.endpoint.name, x.endpoint.name)} {model.name}"
+    return f"{_OPERATIONS.get(x.endpoint.name, x.endpoint.name)} {_called(model)}"
+
+
+def _called(model: Model) -> str:
+    return model.name if model.name == model.entry else masked_text(model.name)
 
 
 def _asked(x: Exchange, model: Model, upstream: Upstream, again: int, names: Names) -> Attributes:
@@ -188,7 +194,7 @@ def _asked(x: Exchange, model: Model, upstream: Upstream, again: int, names: Nam
     said: Attributes = {
         names["operation"]: _OPERATIONS.get(x.endpoint.name, x.endpoint.name),
         names["provider"]: model.api,
-        names["model"]: model.name,
+        names["model"]: _called(model),
         "gateway.pool": model.pool,
         "server.address": upstream.address[0],
         "server.port": upstream.address[1],
@@ -201,7 +207,7 @@ def _asked(x: Exchange, model: Model, upstream: Upstream, again: int, names: Nam
 def _answered(x: Exchange, answer: Answer, first: float, names: Names) -> Attributes:
     """What is said of an answer; `first` is how long its head took, in seconds."""
     usage = x.usage
-    said: dict[str, Value] = {"served_model": answer.model.name}
+    said: dict[str, Value] = {"served_model": _called(answer.model)}
     if answer.is_stream:
         said["first_chunk"] = first
     if reasons := _finish_reasons(answer):

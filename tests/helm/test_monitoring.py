@@ -47,6 +47,7 @@ METRICS: dict[str, set[str]] = {
     "gateway_policies_info": {"revision"},
     "gateway_policies_reloads_total": {"result"},
     "gateway_policies_last_reload_successful": set(),
+    "gateway_trace_spans_lost_total": {"reason"},
     "gateway_log_lines_dropped_total": set(),
     "gateway_workers": {"state"},
     "gateway_worker_restarts_total": set(),
