@@ -38,6 +38,8 @@ class Worker(msgspec.Struct, frozen=True):
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """What a supervisor tells a process: to end, as SIGTERM does; said twice, at once."""
 
+    delay: float = 0.0  # seconds that it takes requests at least; its settings may say more
+
 
 class Crew(msgspec.Struct, frozen=True, tag=True):
     """All workers, and whether everything is about to end."""
@@ -63,7 +65,9 @@ class Line(asyncio.Protocol):
         self.data_received(unheard)
 
     async def open(self) -> Line:
-        self._transport, _ = await asyncio.get_running_loop().create_connection(lambda: self, sock=self._end)
+        # The transport has a descriptor of its own, which it closes when the other side is gone.
+        loop, own = asyncio.get_running_loop(), self._end.dup()
+        self._transport, _ = await loop.create_connection(lambda: self, sock=own)
         return self
 
     def say(self, what: Any) -> None:
@@ -84,11 +88,13 @@ class Line(asyncio.Protocol):
 
     def close(self) -> None:
         self._transport.close()
+        self._end.close()
 
     # — handed over to another program in this process
 
     @property
     def descriptor(self) -> int:
+        """One that stays until this end is closed."""
         return self._end.fileno()
 
     @property

@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         self._leave = leave
         self._end = end
         self._pressed = pressed
-        self._delay = delay
+        self.delay = delay
         self._pressure = Pressure()
         self._sockets: list[socket] = []
         self._accepts = True
@@ -83,7 +83,7 @@ class Server(uvicorn.Server):
             self._accepts = True
             await super().startup([listener.dup() for listener in self._sockets])
             _log.info("accepts_again", connections=len(self.server_state.connections))
-        return self._hurried or time.monotonic() >= self._left + self._delay
+        return self._hurried or time.monotonic() >= self._left + self.delay
 
     def _full(self) -> None:
         if self._accepts:

@@ -35,6 +35,9 @@ _STABLE = 10.0  # seconds; who lives that long has not failed to start
 _FAILING = 3  # deaths in a row, after which it is said that somebody has to look
 _LOOKS = 1.0  # seconds between two looks at a store of our own
 _READY = 60.0  # seconds that a new worker has to get ready
+_HANDS_OVER = (
+    5.0  # seconds in which the one that is replaced takes requests, so that kept connections end with an answer
+)
 _SAYING = 1.0  # seconds that what was said to processes has to be on its way, before they are handed over
 _PATIENCE = 10.0  # seconds beyond what draining may take, until a process is killed
 
@@ -64,15 +67,17 @@ class Process:
         self.told = told or Told()
         self.ready = asyncio.Event()
         self.dead = asyncio.Event()
+        self.leaves = False  # it was told to end, and another one has its place
 
     def signal(self, number: signal.Signals) -> None:
         if not self.dead.is_set():
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def leave(self) -> None:
+    def leave(self, delay: float = 0.0) -> None:
         """Have it end, as SIGTERM does; unlike a signal, a word is not lost on who is only starting."""
-        self.line.say(Leave())
+        self.leaves = True
+        self.line.say(Leave(delay))
 
 
 class Place:
@@ -218,10 +223,11 @@ class Supervisor:
         process = Process(place, held.pid, _ends(held.pid), line, began=held.began, told=held.told)
         if held.ready:
             process.ready.set()
+        process.leaves = not held.current
         if held.current:
             place.process = process
-        if self._leaving:
-            process.leave()
+            if self._leaving:
+                process.leave()
         self._know(process)
 
     def _know(self, process: Process) -> None:
@@ -295,7 +301,7 @@ class Supervisor:
                     _log.error("not_replaced", process=place.name, reason="the new one did not get ready")
                     return
                 place.process = process
-                before.leave()
+                before.leave(_HANDS_OVER)
                 if self._leaving:
                     process.leave()
                 _log.info("replaced", process=place.name, pid=process.pid)
@@ -348,7 +354,8 @@ class Supervisor:
     def _leave(self) -> None:
         self._leaving += 1
         for process in self._processes:
-            if process.place is not self._control:
+            # One that was told already has its time; told once more, it would end at once.
+            if process.place is not self._control and (self._leaving > 1 or not process.leaves):
                 process.leave()
         self._tell()
         if self._leaving == 1:

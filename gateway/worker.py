@@ -90,7 +90,8 @@ def _state(gateway: Gateway, server: Server) -> State:
 
 async def _until(line: Line, server: Server) -> None:
     """Leave when the supervisor says so, and when it is gone."""
-    async for _ in line.heard(Leave):
+    async for said in line.heard(Leave):
+        server.delay = max(server.delay, said.delay)
         server.handle_exit(signal.SIGTERM, None)
     if not server.leaving:
         _log.warning("supervisor_gone")

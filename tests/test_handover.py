@@ -48,6 +48,21 @@ def test_where_nothing_can_be_executed_nothing_has_changed() -> None:
         assert not descriptors() - before
 
 
+async def test_a_line_is_handed_over_although_the_other_side_is_gone() -> None:
+    """Its process is on the way out, and nobody has taken note of that yet."""
+    ours, theirs = socket.socketpair()
+    line = await Line(ours).open()
+    line.say(Told())  # unread, it makes an error of the end
+    theirs.sendall(msgspec.json.encode(Told(requests=7)) + b"\n")
+    theirs.close()
+    while not line._transport.is_closing():
+        await asyncio.sleep(0)
+    next_one = await Line(socket.socket(fileno=os.dup(line.descriptor)), line.unheard()).open()
+    assert [told.requests async for told in next_one.heard(Told)] == [7]
+    for one in (line, next_one):
+        one.close()
+
+
 @given(st.lists(st.integers(0, 999), max_size=8), st.data())
 def test_what_nobody_has_heard_is_heard_by_the_next_one_wherever_it_was_cut(
     numbers: list[int], data: st.DataObject

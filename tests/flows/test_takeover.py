@@ -15,7 +15,7 @@ import pytest
 from tests.flows.test_process_faults import alive
 from tests.proving.backend import completion
 from tests.proving.commands import ROOT, Place
-from tests.proving.load import read
+from tests.proving.load import completion_request, read
 from tests.proving.town import WHOLE, Town, gated, town, until
 
 
@@ -73,12 +73,41 @@ async def test_a_stream_outlives_the_supervisor_that_it_began_under(store_url: s
         assert await of.ledger() == [("settled", "complete", 4)] * 20
 
 
+async def test_who_is_to_go_all_the_same_lets_streams_of_before_end(store_url: str) -> None:
+    go = asyncio.Event()
+    async with town(store_url, gated(go), GATEWAY_DRAIN="60") as of:
+        streams = await of.opened(10)
+        await replaced(of)
+        of.gateway.process.send_signal(signal.SIGTERM)
+        await until(lambda: len(of.gateway.lines("draining")) == 4)
+        go.set()
+        answers = await asyncio.gather(*(read(reader) for reader in streams))
+        assert all(one.whole and one.body.endswith(WHOLE) for one in answers)
+        assert await of.ended(20) == 0
+
+
+async def test_a_connection_that_is_kept_ends_with_an_answer(store_url: str) -> None:
+    async with town(store_url, completion(1), workers=1) as of:
+        reader, writer = await asyncio.open_connection("127.0.0.1", of.gateway.port)
+        of.writers.append(writer)
+        request = completion_request(of.key, stream=False)
+        writer.write(request)
+        assert b"connection" not in (await read(reader)).headers
+        os.kill(of.supervisor, signal.SIGUSR2)
+        await until(lambda: bool(of.gateway.lines("replaced")), 60)
+        await asyncio.sleep(2)  # longer than a request may be on its way
+        writer.write(request)
+        answer = await read(reader)
+        assert (answer.status, answer.headers[b"connection"]) == (200, b"close")
+        await until(lambda: len(of.gateway.lines("replaced")) == 3, 60)
+
+
 async def test_who_took_over_does_all_that_a_supervisor_does(store_url: str) -> None:
     async with town(store_url, completion(1)) as of:
         for turn in (1, 2):
             await replaced(of, turn)
         for number, kind in enumerate(("worker", "control"), 1):
-            os.kill(of.children(kind)[0], signal.SIGKILL)
+            os.kill(of.children(kind)[-1], signal.SIGKILL)  # the newest one
             await until(lambda number=number: len(of.gateway.lines("process_died")) == number)  # type: ignore[misc]
             died = of.gateway.lines("process_died")[-1]
             assert (died["how"], died["in_a_row"]) == ("signal SIGKILL", 1)
@@ -127,7 +156,7 @@ async def test_code_that_could_not_take_over_leaves_all_as_it_is(
         assert [line["process"] for line in of.gateway.lines("not_replaced")] == ["supervisor"]
         assert "takeover" not in program(of.supervisor)
         assert (await of.ask()).status == 200
-        os.kill(of.children()[0], signal.SIGKILL)
+        os.kill(of.children()[-1], signal.SIGKILL)  # the newest one
         await until(lambda: bool(of.gateway.lines("process_died")) and len(of.children()) == 1)
 
 

@@ -36,7 +36,8 @@ WARM = 0.25  # of the time
 FILES = 2 * CALLERS  # more than before: connections that are kept for some seconds
 THREADS = 4
 GROWTH = 0.03  # of memory, that there may be more
-LAPSES = 130_000  # ms after which a mark of a request is gone, and some more
+# ms after which the mark of a request is gone: settled, given up, and in the ledger under another attempt.
+LAPSES = {b"+": 120_000, b"-": 3_600_000, b"~": 86_400_000}
 
 LIMITS: list[dict[str, Any]] = [
     {"name": "seats", "count": "concurrent_requests", "at_most": 500, "per": ["team"]},
@@ -213,9 +214,11 @@ async def _left(of: Town) -> list[str]:
         if ":seats:" in name:
             wrong += [f"{name} holds seats"] if await of.store.client.zcard(key) else []
         elif ":request:" in name:
-            mark, lapses = await of.store.client.get(key) or b"+", await of.store.client.pttl(key)
-            if mark[:1] not in b"+-~" or not 0 <= lapses <= LAPSES:
+            mark, lapses = (await of.store.client.get(key) or b"+")[:1], await of.store.client.pttl(key)
+            if mark not in LAPSES:
                 wrong.append(f"{name} is a reservation that nobody has")
+            elif not -2 <= lapses <= LAPSES[mark] or lapses == -1:  # -2: it has lapsed meanwhile, -1: it never does
+                wrong.append(f"{name} is a mark {mark!r} that lapses in {lapses} ms, expected {LAPSES[mark]} at most")
         elif not BELONG.fullmatch(name):
             wrong.append(f"{name} does not belong there")
     found = await reconcile(of.store, "acme")
