@@ -62,7 +62,7 @@ prove-limits: $(VENV)/.dev ## limits by the backend's own ledger: 20 races of 4 
 prove-rollouts: $(VENV)/.dev ## twenty rolling restarts under load, and no request that fails
 	ROLLS=20 $(BIN)/python -m pytest tests/flows/test_process_faults.py -k g15 --timeout 900 $(ARGS)
 
-soak: $(VENV)/.dev ## twenty minutes of mixed load: flat memory, no file, seat or reservation left
+soak: $(VENV)/.dev ## twenty minutes of mixed load: flat memory; no file, process, seat, reservation or key left
 	$(BIN)/python -m tests.proving.soak $(ARGS)
 
 docs: $(VENV)/.dev ## write the generated tables of README.md, policies/ and helm/

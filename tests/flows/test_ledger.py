@@ -14,6 +14,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
+from gateway import housekeeping, spool
 from gateway.embedded import _server_binary
 from gateway.reload import reload
 from tests.flows.test_ten_sentences import ANSWER, BODY, STREAM, plan, rows
@@ -281,11 +282,15 @@ async def test_without_a_store_and_a_spool_a_billed_team_is_refused_before_the_b
 
 
 @pytest.mark.parametrize("how", CLOSED_SPOOL)
-async def test_while_the_store_answers_nobody_needs_a_spool(store_url: str, how: str) -> None:
+async def test_while_the_store_answers_nobody_needs_a_spool(
+    store_url: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool, "_OFTEN", 0.0)  # else it is tried once a second, and who tries looks once a second
+    monkeypatch.setattr(housekeeping, "_EVERY", 0.05)
     async with two_teams(store_url) as (_, house, billed, free):
         shut(house, how)
         async with asyncio.timeout(SOON):
-            while await house.gateway.admission.settlements._spool.probe() != (how == "full"):  # it tries once a second
+            while await house.gateway.admission.settlements._spool.probe() != (how == "full"):
                 await asyncio.sleep(0.05)
         assert [await asks(house, key) for key in (billed, free)] == [200, 200]
         status, reasons = await ready(house)

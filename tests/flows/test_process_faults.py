@@ -284,7 +284,7 @@ async def test_g08_without_files_it_waits_and_does_not_spin_and_goes_on_when_the
 # — G15: rolling restarts
 
 
-ROLLS = int(os.environ.get("ROLLS", "4"))  # a second or two each; `make prove-rollouts` has twenty
+ROLLS = int(os.environ.get("ROLLS", "2"))  # some seconds each; `make prove-rollouts` has twenty
 
 
 async def test_g15_rolling_restarts_under_load_fail_no_request(store_url: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import redis
 
+from gateway import upstream
 from tests.flows.test_ten_sentences import ANSWER, BODY, ONE_SEAT, STREAM, plan, rows
 from tests.proving.backend import (
     CUTS,
@@ -347,8 +348,11 @@ async def test_u12_what_a_backend_encodes_all_the_same_passes_as_it_is(store_url
         assert (await it.row())["ended"] == "complete"
 
 
-async def test_u13_single_bytes_pass_one_by_one(store_url: str) -> None:
+async def test_u13_single_bytes_pass_one_by_one(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is with the caller before the next one is sent: inside a character, `data:` or CRLF just the same."""
+    monkeypatch.setattr(
+        upstream, "_AFTER_DONE", 0.05
+    )  # so long the end of [DONE] waits for what may follow, byte by byte
     text = 'data: {"text":"é🦊"}\r\n\r\ndata: [DONE]\r\n\r\n'.encode()
     arrived = [asyncio.Event() for _ in text]
     steps = [step for byte, event in zip(text, arrived, strict=True) for step in (chunk(bytes([byte])), event)]
