@@ -266,6 +266,14 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
+def _one_source(name: str, variable: str | None, file: str | None, *, at_most: bool = False) -> None:
+    """Refuse a secret that stands in two places, or nowhere where it has to stand somewhere. Raises ValueError."""
+    if variable is not None and file is not None:
+        raise ValueError(f"has {name}_env and {name}_file, expected one of them{' at most' if at_most else ''}")
+    if variable is None and file is None and not at_most:
+        raise ValueError(f"has neither {name}_env nor {name}_file, expected one of them")
+
+
 class WebhookPolicy(_Document):
     """Where warnings go, signed as Standard Webhooks are."""
 
@@ -282,9 +290,7 @@ class WebhookPolicy(_Document):
 
     @model_validator(mode="after")
     def _one_secret(self) -> Self:
-        if (self.secret_env is None) == (self.secret_file is None):
-            found = "neither secret_env nor secret_file" if self.secret_env is None else "secret_env and secret_file"
-            raise ValueError(f"has {found}, expected one of them")
+        _one_source("secret", self.secret_env, self.secret_file)
         return self
 
 
@@ -448,8 +454,7 @@ class UpstreamPolicy(_Document):
 
     @model_validator(mode="after")
     def _one_key(self) -> Self:
-        if self.key_env is not None and self.key_file is not None:
-            raise ValueError("has key_env and key_file, expected one of them at most")
+        _one_source("key", self.key_env, self.key_file, at_most=True)
         return self
 
 
@@ -679,9 +684,7 @@ class PostgresExport(_Document):
 
     @model_validator(mode="after")
     def _one_dsn(self) -> Self:
-        if (self.dsn_env is None) == (self.dsn_file is None):
-            found = "neither dsn_env nor dsn_file" if self.dsn_env is None else "dsn_env and dsn_file"
-            raise ValueError(f"has {found}, expected one of them")
+        _one_source("dsn", self.dsn_env, self.dsn_file)
         return self
 
 
@@ -708,8 +711,7 @@ class CloudEventsExport(_Document):
 
     @model_validator(mode="after")
     def _one_token(self) -> Self:
-        if self.token_env is not None and self.token_file is not None:
-            raise ValueError("has token_env and token_file, expected one of them at most")
+        _one_source("token", self.token_env, self.token_file, at_most=True)
         return self
 
 
