@@ -21,8 +21,8 @@ from gateway.records import ledger_stream
 from gateway.reload import reload
 from tests.proving import house as proving
 from tests.proving.backend import DONE, END, EVENTS, Backend, Peer, chunk, completion, forever, ok, token
-from tests.proving.commands import free_port
 from tests.proving.house import MODEL, House, documents, echo, gateway
+from tests.proving.ports import free_port
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 ANSWER = b'{"id":"c","choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1,"total_tokens":4}}'

@@ -23,6 +23,7 @@ from gateway.keys import KeyRing
 from gateway.store import Coalesced, Store
 from gateway.topology import NotFound, why
 from tests.proving import stores
+from tests.proving.ports import free_ports
 from tests.test_store import COUNT, TELL
 
 DEADLINE = 1.0  # these machines are noisy
@@ -215,7 +216,7 @@ def tls(keys: tuple[Path, Path]) -> Iterator[tuple[stores.Node, str]]:
     if binary is None:
         pytest.skip("no redis-server on this machine (Debian: apt-get install redis-server)")
     key, certificate = keys
-    port = stores.free_ports(1)[0]
+    port = free_ports(1)[0]
     options: dict[str, Any] = {
         "tls_cert_file": certificate,
         "tls_key_file": key,

@@ -7,7 +7,7 @@ import pytest
 from gateway.findings import Finding
 from gateway.tracecheck import trace_findings
 from tests.proving.collector import collector
-from tests.proving.commands import free_port
+from tests.proving.ports import free_port
 
 
 def told(findings: list[Finding]) -> list[tuple[str, str]]:

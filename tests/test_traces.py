@@ -22,8 +22,9 @@ from gateway.console import run_or_exit
 from gateway.settings import SettingsError
 from tests.proving.backend import EVENTS, Backend, Peer, Step, chunk, completion, forever, ok, token
 from tests.proving.collector import Collector, Taken, collector
-from tests.proving.commands import Place, free_port
+from tests.proving.commands import Place
 from tests.proving.house import MODEL, House, documents, gateway
+from tests.proving.ports import free_port
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = {"traceparent": f"00-{TRACE}-{SPAN}-01"}

@@ -30,6 +30,7 @@ import yaml
 
 from tests.bench import contract
 from tests.bench.backend import EVENTS
+from tests.proving.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MEASURED, OTHERS = {0}, {1}
@@ -97,12 +98,6 @@ def resident(pids: list[int]) -> int:
     """Resident memory of processes, in bytes."""
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def start(stack: ExitStack, command: list[str], cores: set[int], **given: object) -> subprocess.Popen[bytes]:

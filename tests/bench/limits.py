@@ -30,12 +30,12 @@ from tests.bench.__main__ import (
     ROOT,
     Served,
     cpu_seconds,
-    free_port,
     listening,
     serve,
     start,
     table,
 )
+from tests.proving.ports import free_port
 
 A_LIMIT = 2  # requests a second
 TEAMS = {"within": None, "refused": 1, "loud": A_LIMIT}  # requests a second that a team may ask for, None: plenty

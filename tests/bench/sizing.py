@@ -35,7 +35,6 @@ from tests.bench.__main__ import (
     ROOT,
     Served,
     cpu_seconds,
-    free_port,
     listening,
     load,
     resident,
@@ -45,6 +44,7 @@ from tests.bench.__main__ import (
 )
 from tests.bench.reports import build
 from tests.proving import house
+from tests.proving.ports import free_port
 
 ORGANISATION = "acme"
 _OPEN_FOR = 6.0  # seconds: the streams of the load last eight

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,8 @@ from typing import IO, Any
 
 import httpx
 import yaml
+
+from tests.proving.ports import free_port
 
 PATIENCE = 20.0  # seconds that anything here may take; then something is wrong
 ROOT = Path(__file__).parents[2]
@@ -131,7 +132,7 @@ class Served:
 @contextmanager
 def backend() -> Iterator[Backend]:
     """A scripted backend that is ready, until the block is left."""
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     with _process("echo", "--port", str(port)) as process, httpx.Client(trust_env=False) as client:
         _until_ready(client, url + "/health", process)
@@ -141,7 +142,7 @@ def backend() -> Iterator[Backend]:
 @contextmanager
 def gateway(folder: Path, documents: Mapping[str, Any]) -> Iterator[Served]:
     """A gateway that is ready. Left, it is told to stop, and must end with 0 and have complained of nothing."""
-    policies, state, port = folder / "policies", folder / "state", _free_port()
+    policies, state, port = folder / "policies", folder / "state", free_port()
     policies.mkdir(parents=True)
     (policies / "all.yaml").write_text(yaml.safe_dump(dict(documents), sort_keys=False))
     options = ("--state", str(state), "--policies", str(policies))
@@ -186,10 +187,3 @@ def _until_ready(client: httpx.Client, url: str, process: subprocess.Popen[bytes
         assert process.poll() is None, "it ended before it was ready"
         assert time.monotonic() < patience, "it was not ready in time"
         time.sleep(0.02)
-
-
-def _free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port

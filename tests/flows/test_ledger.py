@@ -21,7 +21,7 @@ from tests.flows.test_ten_sentences import ANSWER, BODY, STREAM, plan, rows
 from tests.proving.backend import EVENTS, Backend, Peer, Step, chunk, forever, ok, reported, token, whole
 from tests.proving.house import MODEL, House, Server, documents, gateway, server
 from tests.proving.limits import until
-from tests.proving.stores import free_ports
+from tests.proving.ports import free_ports
 from tests.test_settlements import mend, spoil
 
 SOON = 5.0

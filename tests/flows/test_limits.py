@@ -9,7 +9,6 @@ import hmac
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from structlog.testing import capture_logs
 from tests.proving.backend import Backend, Peer, completion, forever, ok, whole
 from tests.proving.house import MODEL, documents, gateway
 from tests.proving.limits import until
+from tests.proving.ports import free_port
 
 ANSWER = b'{"choices":[{"index":0,"text":"blue"}],"usage":{"prompt_tokens":3,"completion_tokens":4,"total_tokens":7}}'
 ASKED = {"model": MODEL, "prompt": "The sky is", "max_tokens": 4}
@@ -222,11 +222,6 @@ async def test_in_mode_expected_what_is_reserved_is_what_was_learned(store_url: 
 # — workers that die
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 async def test_the_seats_of_a_killed_worker_are_free_within_sixteen_seconds(tmp_path: Path, redis7: Any) -> None:
     """And not before its lease is over: the worker might only be slow."""
     never = asyncio.Event()
@@ -236,7 +231,7 @@ async def test_the_seats_of_a_killed_worker_are_free_within_sixteen_seconds(tmp_
     async with Backend(forever(Peer.request, never)) as backend:
         policies = limited(backend.url, seat)
         (tmp_path / "all.yaml").write_text(yaml.safe_dump(policies))
-        port = _free_port()
+        port = free_port()
         ours = {"GATEWAY_REDIS_URL": redis7.url, "GATEWAY_KEY_PEPPER": "of the tests", "GATEWAY_WORKERS": "0"}
         environment = {**os.environ, **ours}
         command = [sys.executable, "-m", "gateway", "serve", "--port", str(port), "--policies", str(tmp_path)]

@@ -35,7 +35,8 @@ from tests.proving.descriptors import descriptors
 from tests.proving.house import House, documents, gateway
 from tests.proving.limits import until
 from tests.proving.load import Read, Result, completion_request, fire, fixed, read
-from tests.proving.stores import Node, free_ports, node
+from tests.proving.ports import free_ports
+from tests.proving.stores import Node, node
 
 PRODUCTION = 0.05  # the deadline, where it is measured
 DEADLINE = 0.3  # elsewhere: these machines are noisy

@@ -23,8 +23,9 @@ from redis.backoff import NoBackoff
 
 from gateway.embedded import _server_binary
 from tests.helm.rendered import CHART, Manifest, environment, gateway_pod, of_kind, one, pods, render, secrets_of
-from tests.proving.commands import PATIENCE, ROOT, free_port
+from tests.proving.commands import PATIENCE, ROOT
 from tests.proving.house import DOCUMENTS
+from tests.proving.ports import free_port
 
 
 @dataclass

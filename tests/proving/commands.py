@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,17 +15,12 @@ from typing import Any, TypeAlias
 import yaml
 
 from tests.proving.house import DOCUMENTS
+from tests.proving.ports import free_port
 
 Done: TypeAlias = "subprocess.CompletedProcess[str]"
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE = 20  # seconds: who needs more than that has hung
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
 
 
 class Place:

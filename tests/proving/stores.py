@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,16 +22,11 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.proving.ports import free_ports
+
 DOWN_AFTER_MS = 500  # until a Sentinel takes a silent primary for dead
 NODE_TIMEOUT_MS = 1000  # until a cluster takes a silent node for dead
 SERVICE = "limits"
-
-
-def free_ports(count: int) -> list[int]:
-    """So many ports that nobody has at the moment."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def until(holds: Callable[[], bool], patience: float = 20.0) -> None:
