@@ -50,11 +50,10 @@ class Handover(msgspec.Struct, frozen=True):
     processes: tuple[Held, ...]
 
     def written(self) -> int:
-        """The descriptor of a file that holds it. The caller closes it."""
-        with tempfile.TemporaryFile() as file:
-            file.write(msgspec.json.encode(self))
-            file.flush()
-            return os.dup(file.fileno())
+        """The descriptor of a file that holds it. The caller closes it. Raises OSError."""
+        file = _nameless()
+        os.pwrite(file, msgspec.json.encode(self), 0)
+        return file
 
     @classmethod
     def read(cls, file: int) -> Self:
@@ -123,6 +122,14 @@ def hold_signals() -> None:
 def take_signals() -> None:
     """Take the signals that have waited, and all that come."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _nameless() -> int:
+    """A file in memory, where there may be no folder to write to, and no room; elsewhere one on the disk."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("handover")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _inherit(descriptors: Iterable[int], through: bool) -> None:

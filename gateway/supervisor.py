@@ -313,17 +313,17 @@ class Supervisor:
 
     async def _hand_over(self) -> None:
         """Be replaced by a supervisor of the code as it is now; this one goes on where that cannot be."""
-        if not await understood(self._handover(), self._environment):
-            _log.error("not_replaced", process="supervisor", reason="the new one did not understand the old one")
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_SAYING):
-                while not all(process.line.said for process in self._processes):  # noqa: ASYNC110 - no event
-                    await asyncio.sleep(0.01)
-        finish()
-        hold_signals()
-        await asyncio.sleep(0.01)  # those that have come are handled
         try:
+            if not await understood(self._handover(), self._environment):
+                _log.error("not_replaced", process="supervisor", reason="the new one did not understand the old one")
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SAYING):
+                    while not all(process.line.said for process in self._processes):  # noqa: ASYNC110 - no event
+                        await asyncio.sleep(0.01)
+            finish()
+            hold_signals()
+            await asyncio.sleep(0.01)  # those that have come are handled
             if not self._leaving:
                 execute(self._handover(), self._environment)
         except OSError as failure:
