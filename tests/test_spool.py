@@ -218,7 +218,7 @@ async def test_one_after_the_other_they_are_an_fsync_per_commit_at_most(
             began = time.monotonic()
             for _ in range(5):
                 await it.append(b"x")
-            assert time.monotonic() - began >= 4 * 0.05
+            assert time.monotonic() - began > 4 * 0.045, "a timer of uvloop is up to a millisecond early"
             assert seen.number == 5
 
 
