@@ -19,6 +19,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
 
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # how a name of a header is written, RFC 9110 section 5.6.2
+
 
 class Cut(Exception):
     """The line is to be cut: something failed after the status line, and a cut answer must not look complete."""

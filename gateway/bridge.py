@@ -28,6 +28,7 @@ from typing import Any, Final, Protocol, cast
 
 import httpx
 
+from gateway.asgi import TOKEN
 from gateway.errors import UpstreamFailed
 from gateway.language import Timeouts
 from gateway.wire import AT_ONCE, FIELDS, HEAD, IDLE, Pour, failure_of, head_of, timeouts_of, trusting
@@ -41,7 +42,7 @@ if _HTTP2:
 
     _FOREIGN += (H2Error,)  # httpcore lets it through
 
-_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_NAME = re.compile(TOKEN)
 _CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # RFC 9110 section 5.5
 
 # httpcore and h11 have one class for what is not HTTP and for an answer that was cut; these are the words for the cut.

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 from urllib.parse import unquote, urlsplit
 
+from gateway.asgi import TOKEN
 from gateway.settings import SettingsError
 
 _LATEST = "gen_ai_latest_experimental"  # of OTEL_SEMCONV_STABILITY_OPT_IN
@@ -173,7 +174,7 @@ def _headers(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 _PLAIN = re.compile(r"[!-~]+")
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_TOKEN = re.compile(TOKEN.decode())
 _VALUE = re.compile(r"(?:[!-~]+(?:[ \t]+[!-~]+)*)?")
 
 

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
-from gateway.asgi import Message, RawHeaders, Receive, Scope, announced_length, header
+from gateway.asgi import TOKEN, Message, RawHeaders, Receive, Scope, announced_length, header
 from gateway.errors import BadRequest, ClientGone, Invalid, Problem, TooLarge
 
 _PIECE = 64 * 1024  # bytes of a piece that is replayed, and of a form's head that are held in memory
@@ -30,14 +30,13 @@ _FIELD = 1024  # bytes of another field that is remembered
 _FIELDS = 64  # fields that are remembered
 _PARTS = 1000  # Starlette's limit, for each kind
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _WHITE = rb"[ \t]*+"  # without a way back: two of them in a row would take the square of their time
-_VALUE = rb'(?:%b|"(?:[^"\\]|\\[^"])*")' % _TOKEN  # its first quote ends it, for those who know of \" and for others
-_PARAMETER = re.compile(rb"%b;%b(%b)=(%b)" % (_WHITE, _WHITE, _TOKEN, _VALUE))
-_REST = rb"((?:%b;%b%b=%b)*)%b;?%b" % (_WHITE, _WHITE, _TOKEN, _VALUE, _WHITE, _WHITE)
+_VALUE = rb'(?:%b|"(?:[^"\\]|\\[^"])*")' % TOKEN  # its first quote ends it, for those who know of \" and for others
+_PARAMETER = re.compile(rb"%b;%b(%b)=(%b)" % (_WHITE, _WHITE, TOKEN, _VALUE))
+_REST = rb"((?:%b;%b%b=%b)*)%b;?%b" % (_WHITE, _WHITE, TOKEN, _VALUE, _WHITE, _WHITE)
 _FORM = re.compile(rb"multipart/form-data" + _REST, re.IGNORECASE)
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")  # RFC 2046 section 5.1.1
-_LINE = re.compile(rb"(%b):%b([^\x00-\x08\x0a-\x1f\x7f]*)" % (_TOKEN, _WHITE))
+_LINE = re.compile(rb"(%b):%b([^\x00-\x08\x0a-\x1f\x7f]*)" % (TOKEN, _WHITE))
 _NAME = rb'name=(?:"([0-9A-Za-z_.:\[\]-]+)"|([0-9A-Za-z_.-]+))'
 _DISPOSITION = re.compile(rb"form-data%b;%b" % (_WHITE, _WHITE) + _NAME + _REST, re.IGNORECASE)
 _LIKE_MODEL = re.compile(r"model(?:\[.*)?", re.IGNORECASE)
