@@ -21,6 +21,7 @@ from gateway.embedded import Embedded
 from gateway.pipes import Crew, Kind
 from gateway.supervisor import Supervisor
 from tests.proving.commands import ROOT
+from tests.proving.processes import alive
 
 # A process that says it is ready, unless the folder says otherwise, and ends when it is told to, or its line does.
 CHILD = """
@@ -90,13 +91,6 @@ def _told(lines: list[Any], event: str) -> bool:
     return any(line["event"] == event for line in lines)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @asynccontextmanager
 async def crowd(folder: Path, workers: int = 1, store: Embedded | None = None) -> AsyncIterator[Crowd]:
     """A supervisor that runs; at the end nothing is left of it."""
@@ -108,7 +102,7 @@ async def crowd(folder: Path, workers: int = 1, store: Embedded | None = None) -
     finally:
         found.supervisor._leave()
         assert await running == 0
-        assert not [pid for kind in ("worker", "control") for pid in found.pids(kind) if alive(pid)]
+        assert not alive(pid for kind in ("worker", "control") for pid in found.pids(kind))
 
 
 async def test_all_are_started_and_end_when_they_are_told_to(tmp_path: Path) -> None:
@@ -126,7 +120,7 @@ async def test_who_cannot_serve_at_the_start_ends_all_with_its_code(tmp_path: Pa
     assert await found.supervisor.run(found.started) == 3
     assert found.begun == []
     assert len(found.pids()) == 1, "the next one would say the same"
-    assert not any(map(alive, found.pids("control")))
+    assert not alive(found.pids("control"))
 
 
 async def test_a_signal_during_the_start_is_not_lost_on_anybody(tmp_path: Path) -> None:
@@ -136,7 +130,7 @@ async def test_a_signal_during_the_start_is_not_lost_on_anybody(tmp_path: Path) 
     os.kill(os.getpid(), signal.SIGTERM)
     async with asyncio.timeout(10):
         assert await running == 0
-    assert not [pid for kind in ("worker", "control") for pid in found.pids(kind) if alive(pid)]
+    assert not alive(pid for kind in ("worker", "control") for pid in found.pids(kind))
 
 
 async def test_who_is_to_replace_another_and_dies_takes_nobodys_place(tmp_path: Path) -> None:
@@ -153,10 +147,10 @@ async def test_who_is_to_replace_another_and_dies_takes_nobodys_place(tmp_path: 
                 await until(partial(_told, lines, "not_replaced"))
             await until(lambda: not found.supervisor._rolling)
             assert len(found.pids()) == before + 1, "nobody was started in its stead"
-        assert alive(first)
+        assert alive([first])
         found.does("serve")
         os.kill(os.getpid(), signal.SIGUSR2)
-        await until(lambda: not alive(first) and len(found.pids("control")) == 2)
+        await until(lambda: not alive([first]) and len(found.pids("control")) == 2)
         await until(lambda: not found.supervisor._rolling)
 
 

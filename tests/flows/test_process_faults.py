@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from tests.proving.backend import (
     forever,
 )
 from tests.proving.load import read
+from tests.proving.processes import alive
 from tests.proving.town import TEAM, WHOLE, Town, gated, town, until
 from tests.proving.workers import Worker, _keys
 
@@ -57,19 +58,6 @@ async def two_gateways(store_url: str, *others: Mapping[str, Any], **environment
         for town in towns:
             await town.gateway.serving()
         yield towns
-
-
-def alive(pids: Sequence[int]) -> list[int]:
-    """Those of them that have not ended."""
-    found = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            found.append(pid)
-    return found
 
 
 # — G1, G2: the end

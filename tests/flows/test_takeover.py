@@ -12,32 +12,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.flows.test_process_faults import alive
 from tests.proving.backend import completion
 from tests.proving.commands import ROOT, Place
 from tests.proving.load import completion_request, read
+from tests.proving.processes import alive, program_of, states_of_children
 from tests.proving.town import WHOLE, Town, gated, town, until
 
 
-def program(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-
-
-def children(pid: int) -> dict[int, str]:
-    """The state of each child; Z is one that ended and that nobody took note of."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue  # it has ended meanwhile
-        if int(parent) == pid:
-            found[int(stat.parent.name)] = state
-    return found
-
-
 async def replaced(of: Town, turn: int = 1) -> None:
-    """Have all replaced for the so-manieth time."""
+    """Have all replaced; it is the first time, or as many as there were `turn`s."""
     os.kill(of.supervisor, signal.SIGUSR2)
     await until(lambda: [line["process"] for line in of.gateway.lines("replaced")].count("supervisor") == turn, 60)
 
@@ -59,13 +42,13 @@ async def test_a_stream_outlives_the_supervisor_that_it_began_under(store_url: s
         streams = await of.opened(20)
         first = of.children()
         await replaced(of)
-        assert "takeover" in program(of.supervisor), "the same process executes another program"
+        assert "takeover" in program_of(of.supervisor), "the same process executes another program"
         assert set(first) < set(of.children()), "who has streams is still there"
         go.set()
         answers = await asyncio.gather(*(read(reader) for reader in streams))
         assert all(one.whole and one.body.endswith(WHOLE) for one in answers)
         await until(lambda: not alive(first))
-        await until(lambda: "Z" not in children(of.supervisor).values())
+        await until(lambda: "Z" not in states_of_children(of.supervisor).values())
         assert len(of.children()) == 2
         assert of.gateway.lines() == [], "nothing to warn of"
         of.gateway.process.send_signal(signal.SIGTERM)
@@ -154,7 +137,7 @@ async def test_code_that_could_not_take_over_leaves_all_as_it_is(
         os.kill(of.supervisor, signal.SIGUSR2)
         await until(lambda: bool(of.gateway.lines("not_replaced")), 60)
         assert [line["process"] for line in of.gateway.lines("not_replaced")] == ["supervisor"]
-        assert "takeover" not in program(of.supervisor)
+        assert "takeover" not in program_of(of.supervisor)
         assert (await of.ask()).status == 200
         os.kill(of.children()[-1], signal.SIGKILL)  # the newest one
         await until(lambda: bool(of.gateway.lines("process_died")) and len(of.children()) == 1)
@@ -163,7 +146,7 @@ async def test_code_that_could_not_take_over_leaves_all_as_it_is(
 async def test_a_signal_that_comes_between_two_supervisors_is_not_lost(store_url: str) -> None:
     async with town(store_url, completion(1), workers=1) as of:
         os.kill(of.supervisor, signal.SIGUSR2)
-        await until(lambda: "takeover" in program(of.supervisor), 60)
+        await until(lambda: "takeover" in program_of(of.supervisor), 60)
         assert of.gateway.lines("replaced")[-1]["process"] != "supervisor", "nobody takes signals yet"
         of.gateway.process.send_signal(signal.SIGTERM)
         assert await of.ended(20) == 0
@@ -174,7 +157,7 @@ def test_a_store_of_our_own_stays_and_ends_with_the_last_one(tmp_path: Path) -> 
     place = Place(tmp_path)
     with place.running("serve", "--port", "0") as running:
         running.serving()
-        (store,) = [pid for pid in children(running.process.pid) if "valkey" in program(pid)[0]]
+        (store,) = [pid for pid in states_of_children(running.process.pid) if "valkey" in program_of(pid)[0]]
         os.kill(running.process.pid, signal.SIGUSR2)
         running.until('"replaced"', '"supervisor"')
         place.run("keys", "list")  # the last one of the folder, if nobody held the lock

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from gateway.ledger import reconcile, rows
 from tests.proving import house
 from tests.proving.backend import Peer, completion, play
 from tests.proving.load import completion_request, read
+from tests.proving.processes import all_processes
 from tests.proving.town import Town, town
 
 CALLERS = 16
@@ -186,15 +188,12 @@ def _processes(of: Town) -> list[str]:
     """Those in its folder are the supervisor and what it has, and all of them live."""
     folder, known = Path(f"/proc/{of.supervisor}/cwd").resolve(), family(of)
     wrong = [] if len(known) == 4 else [f"{len(known)} processes, expected two workers, a control plane, a supervisor"]
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            if fields[0] == "Z" and int(fields[1]) in known:
-                wrong.append(f"{process.name} has ended, and nobody has heard it")
-            elif (process / "cwd").resolve() == folder and int(process.name) not in known:
-                wrong.append(f"{process.name} is left over")
-        except OSError:
-            continue  # it has ended meanwhile
+    for pid, stat in all_processes().items():
+        if stat.state == "Z" and stat.parent in known:
+            wrong.append(f"{pid} has ended, and nobody has heard it")
+        with suppress(OSError):  # it has ended meanwhile, or is not for us to look at
+            if pid not in known and Path(f"/proc/{pid}/cwd").resolve() == folder:
+                wrong.append(f"{pid} is left over")
     return wrong
 
 

@@ -20,6 +20,7 @@ from gateway.store import Store
 from tests.proving import house
 from tests.proving.backend import DONE, END, EVENTS, FINISHED, Backend, Peer, Request, chunk, forever, reported, token
 from tests.proving.load import Read, completion_request, read
+from tests.proving.processes import program_of, states_of_children
 from tests.proving.workers import Worker, _keys
 
 TEAM = "research"
@@ -109,16 +110,8 @@ class Town:
 
 def children_of(supervisor: int, kind: str = "worker") -> list[int]:
     """The processes of a kind that a supervisor has."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue  # it has ended meanwhile
-        if parent == supervisor and b"process" in words and kind.encode() in words:
-            found.append(int(folder.name))
-    return sorted(found)
+    children = {pid: program_of(pid) for pid in states_of_children(supervisor)}
+    return sorted(pid for pid, words in children.items() if "process" in words and kind in words)
 
 
 async def _begun(reader: asyncio.StreamReader) -> None:
